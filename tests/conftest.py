@@ -1,0 +1,116 @@
+"""What the tests share: a small copy of MNIST's layout, and a real kernel that runs the notebook."""
+
+import base64
+import os
+import pickle
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+
+import vae_helpers
+
+ROOT = Path(__file__).parents[1]
+
+# Settings with which the notebook trains in seconds.
+SMALL = {
+    "epochs": 3,
+    "batch_size": 50,
+    "hidden_layers": [64],
+    "z_dim": 4,
+    "asked_digit_batch": 20,
+    "kl_anneal_epochs": 1,
+}
+
+
+class Kernel:
+    """The notebook in a kernel of its own, run cell by cell.
+
+    Args:
+        folder: the kernel's working folder; the notebook's own by default.
+        env: environment variables of the kernel beside the present ones.
+    """
+
+    def __init__(self, folder=ROOT, **env):
+        self.notebook = nbformat.read(ROOT / "vae2.ipynb", as_version=4)
+        self.client = NotebookClient(
+            self.notebook,
+            timeout=600,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(folder)}},
+        )
+        self._env = env
+
+    def __enter__(self):
+        self._setup = self.client.setup_kernel(env={**os.environ, **self._env})
+        self._setup.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self._setup.__exit__(*error)
+
+    def index(self, cell_id):
+        """Return the position of the cell with this id."""
+        return [cell["id"] for cell in self.notebook.cells].index(cell_id)
+
+    def execute(self, source):
+        """Run source in a new cell at the notebook's end and return that cell."""
+        self.notebook.cells.append(nbformat.v4.new_code_cell(source))
+        return self.client.execute_cell(self.notebook.cells[-1], len(self.notebook.cells) - 1)
+
+    def run(self, first="setup", last=None, **parameters):
+        """Run the cells from `first` to `last`, with parameters set after the parameters cell."""
+        end = len(self.notebook.cells) if last is None else self.index(last) + 1
+        for index in range(self.index(first), end):
+            cell = self.notebook.cells[index]
+            if cell.cell_type == "code":
+                self.client.execute_cell(cell, index)
+            if "parameters" in cell.metadata.get("tags", []):
+                self.execute("\n".join(f"{name} = {value!r}" for name, value in parameters.items()))
+        return self
+
+    def fetch(self, expression, **names):
+        """Evaluate an expression in the kernel, after giving it these names, and return its value."""
+        sent = base64.b64encode(pickle.dumps(names)).decode()
+        cell = self.execute(
+            "import base64, pickle\n"
+            f"globals().update(pickle.loads(base64.b64decode({sent!r})))\n"
+            f"print(base64.b64encode(pickle.dumps({expression})).decode())"
+        )
+        return pickle.loads(base64.b64decode(cell.outputs[-1].text))
+
+
+def printed(cell):
+    """Return what a cell printed."""
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+
+
+@pytest.fixture(scope="session")
+def mnist():
+    """Return the path of a real mnist.npz, which the environment variable MNIST_PATH names."""
+    path = os.environ.get("MNIST_PATH")
+    if not path:
+        pytest.skip("MNIST_PATH names no mnist.npz")
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_arrays():
+    """Return real digits in the layout of Keras' mnist.npz: four arrays by their names."""
+    digits = vae_helpers.load_small_digits(copies=2)
+    return {
+        "x_train": digits.x_train.reshape(-1, 28, 28),
+        "y_train": digits.y_train.astype(np.uint8),
+        "x_test": digits.x_test.reshape(-1, 28, 28),
+        "y_test": digits.y_test.astype(np.uint8),
+    }
+
+
+@pytest.fixture(scope="session")
+def small_npz(small_arrays, tmp_path_factory):
+    """Return the path of an mnist.npz of 2,994 training and 300 test images."""
+    path = tmp_path_factory.mktemp("data") / "mnist.npz"
+    np.savez_compressed(path, **small_arrays)
+    return path
