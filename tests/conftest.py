@@ -1,4 +1,4 @@
-"""What the tests share: a small copy of MNIST's layout, and a real kernel that runs the notebook."""
+"""What the tests share: small real data, and a real kernel that runs the notebook."""
 
 import base64
 import os
@@ -44,7 +44,9 @@ class Kernel:
         self._env = env
 
     def __enter__(self):
-        self._setup = self.client.setup_kernel(env={**os.environ, **self._env})
+        env = {**os.environ, **self._env}
+        env.pop("PYTEST_CURRENT_TEST", None)  # with it, ipykernel would not show what C++ writes
+        self._setup = self.client.setup_kernel(env=env)
         self._setup.__enter__()
         return self
 
@@ -72,12 +74,12 @@ class Kernel:
         return self
 
     def fetch(self, expression, **names):
-        """Evaluate an expression in the kernel, after giving it these names, and return its value."""
+        """Give the kernel these names and return the value of an expression there."""
         sent = base64.b64encode(pickle.dumps(names)).decode()
         cell = self.execute(
             "import base64, pickle\n"
             f"globals().update(pickle.loads(base64.b64decode({sent!r})))\n"
-            f"print(base64.b64encode(pickle.dumps({expression})).decode())"
+            f"print(base64.b64encode(pickle.dumps(({expression}))).decode())"
         )
         return pickle.loads(base64.b64decode(cell.outputs[-1].text))
 
