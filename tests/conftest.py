@@ -3,6 +3,7 @@
 import base64
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import nbformat
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 
-import vae_helpers
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import vae_helpers  # noqa: E402
 
 # Settings with which the notebook trains in seconds.
 SMALL = {

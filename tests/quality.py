@@ -10,9 +10,7 @@ import sys
 
 import keras
 import numpy as np
-from conftest import Kernel
-
-import vae_helpers
+from conftest import Kernel, vae_helpers
 
 ARTICLE = {
     "hidden_layers": [128],

@@ -1,0 +1,405 @@
+"""Time an epoch of the notebook beside other ways to train its model: python tests/benchmark.py.
+
+The environment variable MNIST_PATH names the real mnist.npz; without it, random images of the same
+shape take its place. Networks, losses and training step are the notebook's own: its cells are run
+here. Each contender lives in a process of its own, so that its peak memory is its own too, and
+they take turns, one epoch each. PyTorch takes part where torch is installed.
+"""
+
+import contextlib
+import importlib.util
+import math
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import numpy as np
+from conftest import ROOT, Kernel
+
+ROUNDS = 5
+ARTICLE_VAE_LOSS = 224.2  # of the test set, after the 20 epochs of the article's own code
+
+
+def run_notebook(last, parameters):
+    """Run the notebook's cells up to `last` with these parameters; return its names."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell.instance()
+    for cell in nbformat.read(ROOT / "vae2.ipynb", as_version=4).cells:
+        if cell.cell_type == "code":
+            shell.run_cell(cell.source, silent=True).raise_error()
+        if "parameters" in cell.metadata.get("tags", []):
+            shell.user_ns.update(parameters)
+        if cell.id == last:
+            return SimpleNamespace(**shell.user_ns), shell.user_ns
+    raise ValueError(f"no cell {last}")
+
+
+def notebook_epoch(parameters):
+    """Return a function that trains an epoch as the notebook does."""
+    names, kernel = run_notebook("optimizer", parameters)
+    tf = names.tf
+    kernel["optimizer"] = names.fresh_optimizer()
+    epoch = tf.function(names.train_epoch, jit_compile=True)
+    shape = names.steps_per_epoch, names.batch_size
+    random = np.random.default_rng(0)
+    steps = tf.constant(names.steps_per_epoch)
+
+    def run():
+        order = random.permutation(len(names.train_images))[: math.prod(shape)]
+        epoch(tf.constant(order.reshape(shape), tf.int32), steps).numpy()
+
+    return run
+
+
+def keras_fit(parameters, whole_epochs=False):
+    """Return an epoch of Keras' `fit`, as it comes or compiled with all steps in one execution."""
+    names, kernel = run_notebook("optimizer", parameters)
+    kernel["optimizer"] = names.fresh_optimizer()
+
+    class Model(names.keras.Model):
+        def train_step(self, data):
+            vae_loss, classification_loss = names.tf.unstack(names.train_step(*data))
+            return {"vae_loss": vae_loss, "classification_loss": classification_loss}
+
+    model = Model()
+    if whole_epochs:
+        model.compile(jit_compile=True, steps_per_execution=names.steps_per_epoch)
+    else:
+        model.compile()
+    images = names.data.x_train.astype(np.float32) / 255
+    count = names.steps_per_epoch * names.batch_size
+    images, digits = images[:count], names.data.y_train[:count]
+
+    def run():
+        model.fit(images, digits, batch_size=names.batch_size, verbose=0)
+
+    return run
+
+
+def python_loop(parameters):
+    """Return an epoch of a Python loop that calls the training step as a `tf.function`."""
+    names, kernel = run_notebook("optimizer", parameters)
+    tf = names.tf
+    kernel["optimizer"] = names.fresh_optimizer()
+    step = tf.function(names.train_step)
+    images = names.data.x_train.astype(np.float32) / 255
+    random = np.random.default_rng(0)
+
+    def run():
+        total = np.zeros(2)
+        order = random.permutation(len(images))
+        for batch in order[: names.steps_per_epoch * names.batch_size].reshape(
+            -1, names.batch_size
+        ):
+            total += step(
+                tf.constant(images[batch]), tf.constant(names.data.y_train[batch])
+            ).numpy()
+
+    return run
+
+
+def pytorch(parameters):
+    """Return an epoch of the same model written in PyTorch, eager."""
+    import torch
+    from torch.nn import functional
+
+    names, _ = run_notebook("epoch", parameters)  # for hyperparameters and data
+
+    class HiddenPart(torch.nn.Module):
+        def __init__(self, inputs, widths, outputs, skips=False):
+            super().__init__()
+            self.inputs, self.skips = inputs, skips
+            sizes = [inputs, *(width + skips * inputs for width in widths)]
+            self.hidden = torch.nn.ModuleList(map(torch.nn.Linear, sizes, widths))
+            self.output = torch.nn.Linear(sizes[-1], outputs)
+
+        def forward(self, inputs):
+            x = inputs
+            for layer in self.hidden:
+                x = functional.gelu(layer(x))
+                x = torch.cat([x, inputs], dim=1) if self.skips else x
+            return self.output(x)
+
+    z_dim, widths = names.z_dim, names.hidden_layers
+    encoder = HiddenPart(784, widths, 2 * z_dim)
+    classifier = HiddenPart(784, widths, 10)
+    decoder = HiddenPart(z_dim + 10, widths[::-1], 784, names.decoder_skips)
+    weights = [w for net in (encoder, classifier, decoder) for w in net.parameters()]
+    optimizer = torch.optim.SGD(weights, names.learning_rate, names.momentum, nesterov=True)
+    images = torch.tensor(names.data.x_train.astype(np.float32) / 255)
+    digits = torch.tensor(names.data.y_train.astype(np.int64))
+    distortion_matrix = torch.tensor(names.distortion_matrix([0, 0]).numpy())
+
+    def step(x, y):
+        z_mean, z_log_var = encoder(x).chunk(2, dim=1)
+        z = z_mean + torch.exp(z_log_var / 2) * torch.randn_like(z_mean)
+        logits = classifier(x @ distortion_matrix)
+        digit_probs = torch.softmax(logits, dim=1).detach()
+        reconstructions = torch.sigmoid(decoder(torch.cat([z, digit_probs], dim=1)))
+        reconstruction = ((x - reconstructions) / names.decoder_std).square().sum(dim=1).mean() / 2
+        kl = (z_mean.square() + z_log_var.exp() - z_log_var - 1).sum(dim=1).mean() / 2
+        classification = functional.cross_entropy(logits, y)
+        asked = torch.randint(10, [names.asked_digit_batch])
+        style = torch.randn([names.asked_digit_batch, z_dim])
+        drawn = torch.sigmoid(decoder(torch.cat([style, functional.one_hot(asked, 10)], dim=1)))
+        frozen = {name: weight.detach() for name, weight in classifier.named_parameters()}
+        read = torch.func.functional_call(classifier, frozen, drawn)
+        loss = reconstruction + kl + names.classification_weight * classification
+        loss = loss + names.asked_digit_weight * functional.cross_entropy(read, asked)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, names.clip_norm)
+        optimizer.step()
+        return loss.item()
+
+    def run():
+        for batch in torch.randperm(len(images)).split(names.batch_size):
+            step(images[batch], digits[batch])
+
+    return run
+
+
+def article_loop(parameters):
+    """Return an epoch as the article's code runs it: a graph, fed one minibatch at a time."""
+    names, _ = run_notebook("data", parameters)
+    tf = names.tf.compat.v1
+    tf.disable_eager_execution()
+    x, y = tf.placeholder(tf.float32, [None, 784]), tf.placeholder(tf.int32, [None])
+
+    def network(inputs, outputs):
+        for size, activation in ((128, tf.sigmoid), (outputs, lambda x: x)):
+            kernel = tf.Variable(tf.random.truncated_normal([inputs.shape[1], size], stddev=0.05))
+            inputs = activation(inputs @ kernel + tf.Variable(tf.zeros([size])))
+        return inputs
+
+    z_mean, z_log_var = tf.split(network(x, 20), 2, axis=1)
+    z = z_mean + tf.exp(z_log_var / 2) * tf.random.normal(tf.shape(z_mean))
+    logits = network(x, 10)
+    image = tf.sigmoid(network(tf.concat([z, tf.nn.softmax(logits)], axis=1), 784))
+    reconstruction = tf.reduce_sum(tf.square((x - image) / 0.5) / 2, axis=1)
+    kl = tf.reduce_sum(tf.square(z_mean) + tf.exp(z_log_var) - z_log_var - 1, axis=1) / 2
+    cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=logits)
+    loss = tf.reduce_mean(reconstruction + kl + 10 * cross_entropy)
+    train = tf.train.AdamOptimizer(0.001).minimize(loss)
+    session = tf.Session()
+    session.run(tf.global_variables_initializer())
+    random = np.random.default_rng(0)
+    images = names.data.x_train.astype(np.float32) / 255
+
+    def run():
+        for batch in random.permutation(len(images)).reshape(-1, 100):
+            feed = {x: images[batch], y: names.data.y_train[batch]}
+            session.run([train, loss], feed)
+
+    return run
+
+
+CONTENDERS = {
+    "this notebook": (notebook_epoch, {}),
+    "Keras fit, as it comes": (keras_fit, {}),
+    "Keras fit, jit_compile, an epoch per execution": (keras_fit, {"whole_epochs": True}),
+    "tf.function step in a Python loop": (python_loop, {}),
+    "PyTorch, eager": (pytorch, {}),
+    "the article's loop on the article's network": (article_loop, {}),
+}
+
+
+def matmul_rate(size=2048):
+    """Return this machine's best floating-point operations a second, in products of matrices."""
+    import tensorflow as tf
+
+    a = b = tf.random.normal([size, size])
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ b).numpy()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def matmul_work(parameters):
+    """Return the floating-point operations of the matrix products in an epoch of the notebook."""
+    names, _ = run_notebook("optimizer", parameters)
+
+    def products(network):
+        return [math.prod(w.shape) for w in network.trainable_variables if len(w.shape) == 2]
+
+    encoder, classifier, decoder = map(
+        products, (names.encoder, names.digit_classifier, names.decoder)
+    )
+    # Forward, weight gradient and, but where the input is data, input gradient.
+    per_image = 3 * sum(encoder + classifier + decoder) - encoder[0] - classifier[0]
+    per_image += 784**2 * bool(names.distortion)
+    asked = 3 * sum(decoder) - decoder[0] + 2 * sum(classifier)
+    per_step = names.batch_size * per_image
+    per_step += names.asked_digit_batch * asked * bool(names.asked_digit_weight)
+    return 2 * per_step * names.steps_per_epoch
+
+
+def serve(connection, build, options, parameters):
+    """In a process of its own: build a contender, then do what is asked until told to stop."""
+    with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):
+        run = build(parameters, **options)
+        run()  # the first epoch compiles
+        connection.send(None)
+        while connection.recv() == "epoch":
+            start = time.perf_counter()
+            result = run()
+            seconds = time.perf_counter() - start
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            connection.send((seconds, peak, result))
+
+
+class Contender:
+    """A contender in a process of its own, ready to run epochs when it exists."""
+
+    def __init__(self, build, options, parameters):
+        context = multiprocessing.get_context("spawn")
+        self.connection, other_end = context.Pipe()
+        arguments = other_end, build, options, parameters
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        self.process.start()
+        other_end.close()
+        self.connection.recv()
+
+    def epoch(self):
+        """Run an epoch; return its seconds, the process's peak memory in GiB and the result."""
+        self.connection.send("epoch")
+        return self.connection.recv()
+
+    def stop(self):
+        """End the process."""
+        self.connection.send("stop")
+        self.process.join()
+
+
+def progress(text):
+    """Show where the benchmark is, in one line that is overwritten."""
+    print(f"\r{text:78}", end="", file=sys.stderr, flush=True)
+
+
+def compare(parameters):
+    """Print the table of contenders, and how ours compares with the floor."""
+    names = [n for n in CONTENDERS if n != "PyTorch, eager" or importlib.util.find_spec("torch")]
+    contenders = {}
+    for name in names:
+        progress(f"preparing {name}")
+        contenders[name] = Contender(*CONTENDERS[name], parameters)
+    floor = Contender(floor_epoch, {}, parameters)
+    measured = {name: [] for name in names}
+    floors = []
+    for round_number in range(1, ROUNDS + 1):
+        for name, contender in contenders.items():
+            progress(f"round {round_number} of {ROUNDS}: {name}")
+            measured[name].append(contender.epoch()[:2])
+        floors.append(floor.epoch()[2])
+    for contender in (*contenders.values(), floor):
+        contender.stop()
+    progress("")
+    medians = {name: np.median(measured[name], axis=0) for name in names}
+    ours = medians["this notebook"][0]
+    print("\n| | seconds an epoch | ratio to ours | peak memory, GiB |\n|---|---|---|---|")
+    for name, (seconds, peak) in medians.items():
+        print(f"| {name} | {seconds:.2f} | {seconds / ours:.2f} | {peak:.2f} |")
+    seconds = min(floors)
+    print(
+        f"| the matrix products alone, at the best rate | {seconds:.2f} | {seconds / ours:.2f} | |"
+    )
+    return medians
+
+
+def floor_epoch(parameters):
+    """Return a function that says how long an epoch's matrix products take at the best rate."""
+    work = matmul_work(parameters)
+    return lambda: work / matmul_rate()
+
+
+def growth(parameters, images_path):
+    """Print how the cost of an epoch grows with the images, the width and the batch."""
+    variants = [(f"{n:,} images", {"data_path": images_path(n)}) for n in (15_000, 30_000)]
+    variants += [("60,000 images", {}), ("120,000 images", {"data_path": images_path(120_000)})]
+    variants += [(f"layers {w}", {"hidden_layers": w}) for w in ([256, 128], [1024, 512])]
+    variants += [(f"batch of {b}", {"batch_size": b}) for b in (100, 200, 1000)]
+    print("\n| | seconds an epoch | µs an image |\n|---|---|---|")
+    for name, changes in variants:
+        progress(f"growth: {name}")
+        contender = Contender(notebook_epoch, {}, {**parameters, **changes})
+        seconds = np.median([contender.epoch()[0] for _ in range(3)])
+        contender.stop()
+        count = int(name.split()[0].replace(",", "")) if "images" in name else 60_000
+        progress("")
+        print(f"\r| {name} | {seconds:.2f} | {seconds / count * 1e6:.1f} |")
+
+
+def time_to_article_quality(path, article_seconds):
+    """Print how soon the notebook's model is as good as the article's, on the real MNIST."""
+    from sklearn.decomposition import PCA
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+
+    epochs = 3
+    progress(f"training the notebook's model for {epochs} epochs")
+    with Kernel() as kernel:
+        kernel.run(last="train", data_path=str(path), epochs=epochs)
+        history, data = kernel.fetch("history, data._asdict()")
+        styles = "np.random.default_rng(1).standard_normal([10_000, z_dim])"
+        digits = np.arange(10_000) % 10
+        images = kernel.fetch(f"generate({styles}, np.eye(10)[digits])", digits=digits)
+    progress("reading what it generates")
+    judge = make_pipeline(PCA(50, random_state=0), KNeighborsClassifier(3))
+    judge.fit(data["x_train"] / np.float32(255), data["y_train"])
+    asked = np.mean(judge.predict(images) == digits)
+    right = judge.score(data["x_test"] / np.float32(255), data["y_test"])
+    seconds = sum(history["seconds"])
+    progress("")
+    print(
+        f"\n{epochs} epochs of the notebook with `epochs` = {epochs}: VAE loss "
+        f"{history['test_vae_loss'][-1]:.1f} on the test set (the article's code after 20 epochs: "
+        f"{ARTICLE_VAE_LOSS}), asked digit {asked:.1%} by nearest neighbours, which read "
+        f"{right:.1%} of the test images right.\nTraining took {seconds:.1f} s; 20 epochs of the "
+        f"article's loop take {20 * article_seconds:.1f} s, {20 * article_seconds / seconds:.1f} "
+        "times as long."
+    )
+
+
+def main():
+    """Run the whole benchmark and print its tables."""
+    real = os.environ.get("MNIST_PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        if real:
+            arrays = dict(np.load(real))
+        else:
+            random = np.random.default_rng(0)
+            arrays = {
+                f"{kind}_{part}": random.integers(0, high, [count, *shape], np.uint8)
+                for part, count in (("train", 60_000), ("test", 10_000))
+                for kind, high, shape in (("x", 256, (28, 28)), ("y", 10, ()))
+            }
+
+        def images_path(count):
+            path = Path(folder) / f"{count}.npz"
+            resized = {
+                name: np.resize(array, (count, *array.shape[1:])) if "train" in name else array
+                for name, array in arrays.items()
+            }
+            np.savez(path, **resized)
+            return str(path)
+
+        parameters = {"data_path": images_path(60_000)}
+        print(f"{'MNIST' if real else 'Random images'}, {os.cpu_count()} cores, {ROUNDS} rounds")
+        medians = compare(parameters)
+        if real:
+            seconds, _ = medians["the article's loop on the article's network"]
+            time_to_article_quality(parameters["data_path"], seconds)
+        growth(parameters, images_path)
+
+
+if __name__ == "__main__":
+    main()
