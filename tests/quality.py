@@ -26,7 +26,11 @@ ARTICLE = {
     "clip_norm": None,
     "batch_size": 100,
 }
-RUNS = {"this notebook": {}, "the article's settings": ARTICLE}
+RUNS = {
+    "this notebook": {},
+    "the article's settings": ARTICLE,
+    "the article's settings, 1 epoch": {**ARTICLE, "epochs": 1},
+}
 
 
 def train_judge(data, epochs=6):
@@ -71,21 +75,21 @@ def main():
         with Kernel() as kernel:
             kernel.run(last="train", data_path=path, **parameters)
             history = kernel.fetch("history")
+            training = kernel.fetch("evaluate(data.x_train / np.float32(255), data.y_train)")
+            weight = kernel.fetch("classification_weight")
             styles = "np.random.default_rng(1).standard_normal([10_000, z_dim])"
             images = kernel.fetch(f"generate({styles}, np.eye(10)[digits])", digits=digits)
         read = judge.predict(255 * images, batch_size=500, verbose=0).argmax(axis=1)
         rows.append(
             f"| {name} | {history['test_vae_loss'][-1]:.1f} | {history['test_accuracy'][-1]:.2%} "
-            f"| {np.mean(read == digits):.2%} | {np.median(history['seconds']):.1f} |"
+            f"| {np.mean(read == digits):.2%} | {training['test_vae_loss']:.1f} "
+            f"| {weight * training['test_classification_loss']:.2f} "
+            f"| {np.median(history['seconds']):.1f} |"
         )
-        for epoch in (0, -1):
-            vae_loss, cross_entropy = (
-                history[loss][epoch] for loss in ("vae_loss", "classification_loss")
-            )
-            print(f"training set: VAE {vae_loss:.1f}, weighted {10 * cross_entropy:.2f}")
     print(f"\nThe judge reads {judge_accuracy:.2%} of the test images right.\n")
-    print("| run | VAE loss | test accuracy | asked digit | seconds an epoch |")
-    print("|---|---|---|---|---|", *rows, sep="\n")
+    print("| run | VAE loss | test accuracy | asked digit ", end="")
+    print("| training set: VAE loss | weighted classification loss | seconds an epoch |")
+    print("|---|---|---|---|---|---|---|", *rows, sep="\n")
 
 
 if __name__ == "__main__":

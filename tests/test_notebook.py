@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from conftest import ROOT, SMALL, Kernel, printed
+from nbclient.exceptions import CellExecutionError
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -179,6 +180,21 @@ def test_rerun_with_other_hyperparameters_is_as_in_a_new_kernel(kernel, small_np
     # The training cell alone starts afresh.
     kernel.run(first="train", last="train")
     assert kernel.fetch(result)[0] == history
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"optimizer_name": "sdg"}, 'optimizer_name must be "sgd" or "adam", not \'sdg\''),
+        ({"batch_size": 10_000}, "batch_size must be 1 to 2994 images, not 10000"),
+        ({"data_path": "nowhere.npz"}, "nowhere.npz: no such file"),
+    ],
+)
+def test_bad_settings_are_named(parameters, message, small_npz):
+    settings = {**SMALL, "data_path": str(small_npz), **parameters}
+    with Kernel() as kernel, pytest.raises(CellExecutionError, match="ValueError") as error:
+        kernel.run(last="train", **settings)
+    assert message in str(error.value)
 
 
 def test_offline_default_ends_in_a_readable_grid(tmp_path):
