@@ -335,7 +335,7 @@ def growth(parameters, images_path):
         contender.stop()
         count = int(name.split()[0].replace(",", "")) if "images" in name else 60_000
         progress("")
-        print(f"\r| {name} | {seconds:.2f} | {seconds / count * 1e6:.1f} |")
+        print(f"| {name} | {seconds:.2f} | {seconds / count * 1e6:.1f} |")
 
 
 def time_to_article_quality(path, article_seconds):
