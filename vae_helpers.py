@@ -1,25 +1,43 @@
-"""Data and pictures for vae2.ipynb: what stands beside the model, not the model itself.
+"""What stands beside the model of vae2.ipynb: checks, data, pictures and files.
 
-`load_mnist` finds the images; the `plot_` functions turn arrays into matplotlib figures.
+`check_hyperparameters` refuses bad settings, `load_mnist` finds the images, the `plot_` functions
+turn arrays into matplotlib figures, `save_run` and `load_run` keep what was trained.
 Importing this module changes no setting, draws nothing and downloads nothing.
 """
 
 import contextlib
+import ctypes
+import gc
 import gzip
+import io
+import json
 import math
 import os
+import signal
+import socket
+import tempfile
+import threading
+import urllib.error
+import urllib.request
 import zipfile
-import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+import pydantic
+from IPython import get_ipython
+from IPython.display import display
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
+from sklearn.metrics import ConfusionMatrixDisplay
 from sklearn.model_selection import train_test_split
 
 SIDE = 28  # pixels along one side of an image
 MAX_IMAGES = 300_000  # in one file: room for MNIST's largest relative, EMNIST digits
+MNIST_HOST = "https://storage.googleapis.com"  # from which Keras downloads it
+PATIENCE = 10  # seconds in which that host has to answer
 
 
 @contextlib.contextmanager
@@ -36,6 +54,93 @@ def native_stderr_hidden():
     finally:
         os.dup2(saved, 2)
         os.close(saved)
+
+
+def release_memory():
+    """Return memory that is free, but still held, to the system; where glibc is, nothing else."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def until_interrupted(items):
+    """Yield items until the kernel is interrupted; the work on the present one is finished first.
+
+    Meanwhile an interrupt (Jupyter's button, Ctrl-C) raises no KeyboardInterrupt, so that a loop
+    over these items never stops half-way through one.
+    """
+    interrupted = threading.Event()
+    previous_handler = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        for item in items:
+            if interrupted.is_set():
+                return
+            yield item
+    finally:
+        signal.signal(signal.SIGINT, previous_handler)
+
+
+PathText = Annotated[str, pydantic.Field(min_length=1)]
+Units = Annotated[int, pydantic.Field(ge=1, le=10_000)]
+NotNegative = Annotated[float, pydantic.Field(ge=0)]
+Positive = Annotated[float, pydantic.Field(gt=0)]
+
+
+class Hyperparameters(pydantic.BaseModel):
+    """What each hyperparameter of the notebook may be; README says what it changes."""
+
+    model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False, frozen=True)
+
+    data_path: PathText | None
+    output_dir: PathText | None
+    seed: int = pydantic.Field(ge=0, lt=2**30)
+    epochs: int = pydantic.Field(ge=1, le=500)
+    batch_size: int = pydantic.Field(ge=1)
+    hidden_layers: list[Units] = pydantic.Field(min_length=1, max_length=20)
+    activation: Literal[
+        "elu", "gelu", "leaky_relu", "mish", "relu", "selu", "sigmoid", "silu", "softplus", "tanh"
+    ]
+    decoder_skips: bool
+    z_dim: int = pydantic.Field(ge=2, le=100)
+    likelihood: Literal["gaussian", "bernoulli"]
+    decoder_std: float = pydantic.Field(ge=0.01, le=100)
+    classification_weight: NotNegative
+    stop_gradient: bool
+    kl_weight_start: NotNegative
+    kl_anneal_epochs: int = pydantic.Field(ge=0)
+    asked_digit_weight: NotNegative
+    asked_digit_batch: int = pydantic.Field(ge=1, le=100_000)
+    distortion: float = pydantic.Field(ge=0, le=5)
+    optimizer_name: Literal["sgd", "adam"]
+    learning_rate: Positive
+    cosine_decay: bool
+    momentum: float = pydantic.Field(ge=0, lt=1)
+    clip_norm: Positive | None
+
+
+def check_hyperparameters(names):
+    """Check the hyperparameters among some names, such as a notebook's `globals()`.
+
+    Args:
+        names: a dict that holds every field of `Hyperparameters`; the rest of it is ignored.
+
+    Returns:
+        `Hyperparameters`, a copy that cannot be changed.
+
+    Raises:
+        ValueError: a line for each hyperparameter that is missing or wrong, with its name, its
+            value and what is allowed.
+    """
+    try:
+        return Hyperparameters.model_validate(names)
+    except pydantic.ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            name, *indices = fault["loc"]
+            where = name + "".join(f"[{index}]" for index in indices)
+            value = "" if fault["type"] == "missing" else f" = {fault['input']!r:.80}"
+            lines.append(f"{where}{value}: {fault['msg']}")
+        raise ValueError("\n".join(lines)) from None
 
 
 class Digits(NamedTuple):
@@ -78,12 +183,14 @@ def load_mnist(path=None):
     """
     if path is not None:
         path = Path(path)
+        try:
+            path.stat()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: no such file or folder: {error}") from error
         arrays = _read_idx_folder(path) if path.is_dir() else _read_npz(path)
         return Digits(*arrays, name="MNIST")
-    import keras  # here, so that the notebook decides when TensorFlow starts
-
     try:
-        train, test = keras.datasets.mnist.load_data()
+        train, test = _download()
     except Exception as error:  # Keras raises a bare Exception when a download fails
         print(
             f"No MNIST: it is not in Keras' cache and cannot be downloaded ({error}). "
@@ -91,6 +198,47 @@ def load_mnist(path=None):
         )
         return load_small_digits()
     return Digits(*_check(*train, "Keras' MNIST"), *_check(*test, "Keras' MNIST"), name="MNIST")
+
+
+def _download():
+    """Return Keras' MNIST, from its cache or its host; an exception if the host does not answer.
+
+    Keras waits without end for a host that is silent, and so does the look-up of its name. So the
+    download has a thread of its own, given up unless the host has answered in time.
+    """
+    import keras  # here, so that the notebook decides when TensorFlow starts
+
+    results, errors, answered = [], [], threading.Event()
+
+    def load():
+        try:
+            results.append(keras.datasets.mnist.load_data())
+        except Exception as error:
+            errors.append(error)
+
+    def knock():
+        with contextlib.suppress(OSError):
+            with contextlib.suppress(urllib.error.HTTPError):  # an answer as well
+                urllib.request.urlopen(MNIST_HOST, timeout=PATIENCE).close()
+            answered.set()
+
+    loader = threading.Thread(target=load, daemon=True)
+    previous_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)  # for an answer that breaks off half-way
+    try:
+        loader.start()
+        loader.join(1)  # long enough to read the cache
+        if loader.is_alive():
+            threading.Thread(target=knock, daemon=True).start()
+            loader.join(PATIENCE)
+        if loader.is_alive() and not answered.is_set():
+            raise TimeoutError(f"no answer from {MNIST_HOST} within {PATIENCE} seconds")
+        loader.join()
+    finally:
+        socket.setdefaulttimeout(previous_timeout)
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def load_small_digits(copies=20, seed=0):
@@ -155,7 +303,7 @@ def _enlarge(images, angle, shift, scale):
 def _read_npz(path):
     """Read the four arrays of a Keras `mnist.npz`; ValueError for anything else."""
     if not path.is_file():
-        raise ValueError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+        raise ValueError(f"{path}: not a regular file")
     names = ("x_train", "y_train", "x_test", "y_test")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -166,8 +314,7 @@ def _read_npz(path):
                 raise ValueError(f"it unpacks to more than {MAX_IMAGES:,} images")
         with np.load(path, allow_pickle=False) as arrays:
             x_train, y_train, x_test, y_test = (arrays[name] for name in names)
-    except (ValueError, OSError, EOFError, MemoryError, NotImplementedError, RuntimeError,
-            zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
+    except Exception as error:  # damaged bytes make zipfile and NumPy fail in many ways
         raise ValueError(f"{path}: not a readable mnist.npz: {error}") from error
     return (*_check(x_train, y_train, path), *_check(x_test, y_test, path))
 
@@ -206,7 +353,7 @@ def _read_idx(folder, pattern, item_shape):
                 )
             size = count * math.prod(item_shape)
             content = file.read(size + 1)
-    except (ValueError, OSError, EOFError, zlib.error) as error:
+    except Exception as error:
         raise ValueError(f"{path}: not a readable IDX file: {error}") from error
     if len(content) != size:
         fault = "is cut off" if len(content) < size else "goes on"
@@ -230,6 +377,23 @@ def _check(images, digits, where):
     return images.reshape(len(images), SIDE * SIDE), digits.astype(np.int32)
 
 
+INK = {"cmap": "gray_r", "vmin": 0, "vmax": 1}  # 0 is white paper, 1 is black ink
+
+
+def _tile(images):
+    """Lay images [rows, columns, 784] side by side: [rows · 28, columns · 28]."""
+    rows, columns = images.shape[:2]
+    tiled = images.reshape(rows, columns, SIDE, SIDE).swapaxes(1, 2)
+    return tiled.reshape(rows * SIDE, columns * SIDE)
+
+
+def digits_png(images):
+    """Return images [rows, columns, 784] in [0, 1], side by side, as the bytes of a PNG file."""
+    file = io.BytesIO()
+    imsave(file, _tile(images), format="png", **INK)
+    return file.getvalue()
+
+
 def plot_digit_grid(images, *, row_labels=None, column_labels=range(10), title=None, ax=None):
     """Draw images as one tiled picture, ink dark on white.
 
@@ -251,17 +415,22 @@ def plot_digit_grid(images, *, row_labels=None, column_labels=range(10), title=N
         raise ValueError(f"images must be [rows, columns, 784], not {list(images.shape)}")
     rows, columns = images.shape[:2]
     if ax is None:
-        size = (0.9 + 0.5 * columns, 0.7 + 0.5 * rows)  # in inches
+        side = min(0.5, 30 / max(rows, columns))  # of an image, in inches
+        size = (0.9 + side * columns, 0.7 + side * rows)
         ax = Figure(figsize=size, layout="constrained").subplots()
-    tiled = images.reshape(rows, columns, SIDE, SIDE).swapaxes(1, 2)
-    tiled = tiled.reshape(rows * SIDE, columns * SIDE)
-    ax.imshow(tiled, cmap="gray_r", vmin=0, vmax=1)
+    ax.imshow(_tile(images), **INK)
     ax.set_xticks(np.arange(columns) * SIDE + SIDE / 2 - 0.5, list(column_labels))
     ax.set_yticks(np.arange(rows) * SIDE + SIDE / 2 - 0.5, row_labels or [""] * rows)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set_title(title, fontsize="medium")
     return ax.figure
+
+
+def update_digit_grid(figure, images):
+    """Replace the images in a figure of `plot_digit_grid` by others as many; return it."""
+    figure.axes[0].images[0].set_data(_tile(images))
+    return figure
 
 
 def plot_losses(history, *, title=None):
@@ -288,3 +457,158 @@ def plot_losses(history, *, title=None):
         ax.legend()
     figure.suptitle(title)
     return figure
+
+
+def plot_styles(z_mean, digits, *, title=None):
+    """Draw styles as digits in the plane of their first two principal components.
+
+    Args:
+        z_mean: [N, z_dim], the mean of each image's style.
+        digits: integers [N], 0 to 9; each style is drawn as its digit, in the digit's colour.
+        title: of the figure, or `None`.
+
+    Returns:
+        The matplotlib Figure.
+    """
+    pca = PCA(2, random_state=0)
+    x, y = pca.fit_transform(z_mean).T
+    shares = pca.explained_variance_ratio_
+    figure = Figure(figsize=(6, 5.2), layout="constrained")
+    ax = figure.subplots()
+    for digit in range(10):
+        shown = np.asarray(digits) == digit
+        style = {"s": 22, "linewidths": 0, "color": f"C{digit}", "alpha": 0.7}
+        ax.scatter(x[shown], y[shown], marker=f"${digit}$", **style)
+    ax.set_xlabel(f"first principal component ({shares[0]:.0%} of the variance)")
+    ax.set_ylabel(f"second principal component ({shares[1]:.0%})")
+    ax.set_aspect("equal")
+    ax.set_title(title, fontsize="medium")
+    return figure
+
+
+def plot_confusions(matrices, *, row_name, column_name, title=None):
+    """Draw confusion matrices side by side, in per cent of each row.
+
+    Args:
+        matrices: a dict from the title of each matrix to its counts [10, 10].
+        row_name: what the rows are.
+        column_name: what the columns are.
+        title: of the figure, or `None`.
+
+    Returns:
+        The matplotlib Figure.
+    """
+    figure = Figure(figsize=(4.7 * len(matrices), 5.2), layout="constrained")
+    axes = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for ax, (name, counts) in zip(axes, matrices.items(), strict=True):
+        counts = np.asarray(counts)
+        percent = 100 * counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+        display = ConfusionMatrixDisplay(percent)
+        display.plot(ax=ax, cmap="Blues", colorbar=False, values_format=".1f", text_kw={"size": 7})
+        ax.set(xlabel=column_name, ylabel=row_name)
+        ax.set_title(name, fontsize="medium")
+    figure.suptitle(title)
+    return figure
+
+
+def show_widget(widget, instead):
+    """Display an ipywidgets widget; where widgets are not shown, a figure in its place.
+
+    Both are one output in two formats, of which a front end takes the richest that it can show.
+    """
+    data, metadata = get_ipython().display_formatter.format(instead)
+    display({**data, **widget._repr_mimebundle_()}, metadata=metadata, raw=True)
+
+
+class Run(NamedTuple):
+    """What `save_run` keeps of a run: three Keras models, settings and results.
+
+    Attributes:
+        encoder: images [N, 784] to z_mean and z_log_var [N, z_dim].
+        digit_classifier: images [N, 784] to digit logits [N, 10].
+        decoder: z [N, z_dim] and digit_probs [N, 10] to images [N, 784].
+        hyperparameters: a dict.
+        history: a dict of lists, one number per epoch.
+        samples: float32 [epochs, 10, 784], the rows of the digit grid.
+    """
+
+    encoder: object
+    digit_classifier: object
+    decoder: object
+    hyperparameters: dict
+    history: dict
+    samples: np.ndarray
+
+
+def save_run(folder, run):
+    """Keep a run in a folder: three `.keras` files, two JSON files and an NPZ file.
+
+    All six are first written in a folder beside them and then moved into place, so that each is
+    whole or absent whenever this is cut short, and those of two runs are never mixed.
+
+    Args:
+        folder: where to write; made if absent. The files of an earlier run in it are replaced.
+        run: a `Run`.
+
+    Returns:
+        The list of the files' paths.
+
+    Raises:
+        OSError: the folder cannot be written; the message names it and the reason.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as unfinished:
+            for name, value in run._asdict().items():
+                path = Path(unfinished) / _file_name(name)
+                if path.suffix == ".keras":
+                    value.save(path)
+                elif path.suffix == ".json":
+                    path.write_text(json.dumps(value, indent=1))
+                else:
+                    np.savez_compressed(path, **{name: value})
+            paths = [folder / _file_name(name) for name in Run._fields]
+            for path in paths:  # first all of the earlier run go, then all of this one come
+                path.unlink(missing_ok=True)
+            for path in paths:
+                os.replace(Path(unfinished) / path.name, path)
+    except (OSError, ValueError) as error:  # ValueError: no path at all
+        raise OSError(
+            f"output_dir = {str(folder)!r} cannot be written ({error}). What was trained is still "
+            "in memory: choose another folder and run this cell again."
+        ) from error
+    return paths
+
+
+def load_run(folder):
+    """Load what `save_run` kept in a folder.
+
+    Returns:
+        `Run`.
+
+    Raises:
+        ValueError: a file is missing or damaged; the message names it.
+    """
+    import keras
+
+    values = {}
+    for name in Run._fields:
+        path = Path(folder) / _file_name(name)
+        try:
+            if path.suffix == ".keras":
+                values[name] = keras.saving.load_model(path, compile=False)
+            elif path.suffix == ".json":
+                values[name] = json.loads(path.read_text())
+            else:
+                with np.load(path, allow_pickle=False) as arrays:
+                    values[name] = arrays[name]
+        except Exception as error:  # Keras and NumPy have many of their own for a damaged file
+            raise ValueError(f"{path}: not a whole file of a kept run: {error}") from error
+    return Run(**values)
+
+
+def _file_name(name):
+    """Return the name of the file that keeps this part of a `Run`."""
+    suffixes = {"hyperparameters": ".json", "history": ".json", "samples": ".npz"}
+    return name + suffixes.get(name, ".keras")

@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT))
 
 import vae_helpers  # noqa: E402
 
+NOTEBOOK = nbformat.read(ROOT / "vae2.ipynb", as_version=4)
+
 # Settings with which the notebook trains in seconds.
 SMALL = {
     "epochs": 3,
@@ -25,6 +27,23 @@ SMALL = {
     "asked_digit_batch": 20,
     "kl_anneal_epochs": 1,
 }
+
+
+def cell_source(notebook, cell_id):
+    """Return the source of the cell with this id."""
+    (cell,) = [cell for cell in notebook.cells if cell["id"] == cell_id]
+    return cell.source
+
+
+def notebook_with(folder, **parameters):
+    """Write the notebook with these parameters and its helper into a folder; return its path."""
+    notebook = nbformat.from_dict(NOTEBOOK)
+    (cell,) = [cell for cell in notebook.cells if cell.id == "parameters"]
+    lines = [f"{name} = {value!r}" for name, value in parameters.items()]
+    cell.source = "\n".join([cell_source(NOTEBOOK, "parameters"), *lines])
+    (folder / "vae_helpers.py").write_text((ROOT / "vae_helpers.py").read_text())
+    nbformat.write(notebook, folder / "vae2.ipynb")
+    return folder / "vae2.ipynb"
 
 
 class Kernel:
@@ -37,6 +56,8 @@ class Kernel:
 
     def __init__(self, folder=ROOT, **env):
         self.notebook = nbformat.read(ROOT / "vae2.ipynb", as_version=4)
+        for cell in self.notebook.cells:
+            cell.update({"outputs": []} if cell.cell_type == "code" else {})
         self.client = NotebookClient(
             self.notebook,
             timeout=600,
@@ -58,6 +79,10 @@ class Kernel:
     def index(self, cell_id):
         """Return the position of the cell with this id."""
         return [cell["id"] for cell in self.notebook.cells].index(cell_id)
+
+    def cell(self, cell_id):
+        """Return the cell with this id."""
+        return self.notebook.cells[self.index(cell_id)]
 
     def execute(self, source):
         """Run source in a new cell at the notebook's end and return that cell."""
@@ -83,7 +108,7 @@ class Kernel:
             f"globals().update(pickle.loads(base64.b64decode({sent!r})))\n"
             f"print(base64.b64encode(pickle.dumps(({expression}))).decode())"
         )
-        return pickle.loads(base64.b64decode(cell.outputs[-1].text))
+        return pickle.loads(base64.b64decode(printed(cell)))
 
 
 def printed(cell):

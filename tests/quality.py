@@ -28,6 +28,7 @@ ARTICLE = {
 }
 RUNS = {
     "this notebook": {},
+    'this notebook, `likelihood = "bernoulli"`': {"likelihood": "bernoulli"},
     "the article's settings": ARTICLE,
     "the article's settings, 1 epoch": {**ARTICLE, "epochs": 1},
 }
@@ -74,7 +75,7 @@ def main():
         print(f"running {name} ...", flush=True)
         with Kernel() as kernel:
             kernel.run(last="train", data_path=path, **parameters)
-            history = kernel.fetch("history")
+            history = kernel.fetch("dict(history)")
             training = kernel.fetch("evaluate(data.x_train / np.float32(255), data.y_train)")
             weight = kernel.fetch("classification_weight")
             styles = "np.random.default_rng(1).standard_normal([10_000, z_dim])"
