@@ -13,6 +13,7 @@ from keras.src.datasets import mnist as keras_mnist
 
 import vae_helpers
 
+KERAS_HOST = vae_helpers.MNIST_HOST
 IDX_NAMES = {
     "x_train": "train-images-idx3-ubyte",
     "y_train": "train-labels-idx1-ubyte",
@@ -170,7 +171,7 @@ def download(small_npz, tmp_path, monkeypatch):
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.server.requests += 1
+            self.server.requests += self.path == "/mnist.npz"
             content = small_npz.read_bytes()
             self.send_response(200 if self.server.sent else 404)
             self.send_header("Content-Length", str(len(content)))
@@ -187,7 +188,7 @@ def download(small_npz, tmp_path, monkeypatch):
     checksum = hashlib.sha256(small_npz.read_bytes()).hexdigest()
 
     def get_file(fname, origin, file_hash):
-        assert origin.startswith("https://storage.googleapis.com/")
+        assert origin.startswith(KERAS_HOST)
         assert len(file_hash) == 64
         return keras.utils.get_file(
             fname,
@@ -197,6 +198,7 @@ def download(small_npz, tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(keras_mnist, "get_file", get_file)
+    monkeypatch.setattr(vae_helpers, "MNIST_HOST", f"http://127.0.0.1:{server.server_port}")
     yield server, tmp_path / "datasets" / "mnist.npz"
     server.shutdown()
     server.server_close()
