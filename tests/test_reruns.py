@@ -36,7 +36,7 @@ OTHER = {
     "learning_rate": 0.01,
     "cosine_decay": False,
     "momentum": 0.5,
-    "clip_norm": None,
+    "clip_norm": 2.0,
 }
 RESULT = """
 import hashlib
