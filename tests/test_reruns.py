@@ -39,7 +39,6 @@ OTHER = {
     "clip_norm": 2.0,
 }
 RESULT = """
-import hashlib
 hashlib.sha256(
     repr([{**history, "seconds": 0}, np.asarray(samples).tobytes()]
     + [weight.numpy().tobytes() for weight in weights]).encode()
@@ -51,7 +50,7 @@ def result(kernel):
     """Return a digest of the losses, the digit grid and all weights that a kernel holds."""
     assert min(map(len, kernel.fetch("dict(history)").values())) == len(kernel.fetch("samples"))
     kernel.execute("import hashlib")
-    return kernel.fetch(RESULT.strip().removeprefix("import hashlib\n"))
+    return kernel.fetch(RESULT.strip())
 
 
 def code_cells():

@@ -128,14 +128,12 @@ def test_styles_are_drawn_by_principal_components():
 
 # A linear decoder with Gaussian pixels, whose P(x) is known: x ~ N(offset, weights·weightsᵀ + σ²).
 LINEAR_GAUSSIAN = """
-import scipy.special
 def encoder(images):
     return (images - offset) @ to_mean, tf.zeros([len(images), z_dim]) + log_var
 def logit_decoder(description):
     z, digit_probs = description
     image = tf.clip_by_value(z @ tf.transpose(loadings) + offset, 1e-6, 1 - 1e-6)
     return tf.math.log(image / (1 - image))
-real_seed, real_loss = seed, reconstruction_loss
 reconstruction_loss = gaussian_loss
 """
 
