@@ -113,6 +113,7 @@ def pytorch(parameters):
     from torch.nn import functional
 
     names = run_notebook("epoch", parameters)  # for hyperparameters and data
+    activation = getattr(functional, names.activation)
 
     class HiddenPart(torch.nn.Module):
         def __init__(self, inputs, widths, outputs, skips=False):
@@ -125,7 +126,7 @@ def pytorch(parameters):
         def forward(self, inputs):
             x = inputs
             for layer in self.hidden:
-                x = functional.gelu(layer(x))
+                x = activation(layer(x))
                 x = torch.cat([x, inputs], dim=1) if self.skips else x
             return self.output(x)
 
