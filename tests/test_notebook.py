@@ -145,6 +145,30 @@ def test_whom_the_losses_train(kernel):
     assert encoder == classifier == 0
 
 
+STEP = """
+def step_taken(longest):
+    global optimizer, clip_norm
+    kept = optimizer, clip_norm, [weight.numpy() for weight in weights]
+    optimizer, clip_norm = keras.optimizers.SGD(1.0), longest
+    train_step(tf.constant(test_images[:batch_size]), tf.constant(test_digits[:batch_size]))
+    optimizer, clip_norm, before = kept
+    after = [weight.numpy() for weight in weights]
+    for weight, value in zip(weights, before):
+        weight.assign(value)
+    return np.concatenate([(b - a).ravel() for b, a in zip(before, after)]).astype(float)
+"""
+
+
+def test_a_step_is_as_long_as_the_gradient_or_the_clip_norm(kernel):
+    kernel.execute(STEP)
+    gradient, short, free = (kernel.fetch(f"step_taken({c})") for c in (None, 0.5, 1e6))
+    length = np.linalg.norm(gradient)
+    assert length > 1
+    np.testing.assert_allclose(short, 0.5 / length * gradient, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(short), 0.5, rtol=1e-4)
+    np.testing.assert_allclose(free, gradient, atol=1e-5)
+
+
 def test_distortion_is_an_affine_map_of_the_plane(kernel):
     matrix_code = "distort(tf.eye(784), [3, 4]).numpy()"  # by which images are multiplied
     identity = kernel.fetch(matrix_code, distortion=0.0)
