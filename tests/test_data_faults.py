@@ -229,8 +229,13 @@ def stalled(monkeypatch):
 
 
 def slow_name(monkeypatch):
-    """Let every look-up of a name take a minute, as when no name server answers."""
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(60))
+    """Let every look-up of a name fail after a minute, as when no name server answers."""
+
+    def look_up(*_, **__):
+        time.sleep(60)
+        raise socket.gaierror("no name server answered")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     return 9
 
 
