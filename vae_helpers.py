@@ -1,14 +1,12 @@
-"""What stands beside the model of vae2.ipynb: checks, data, pictures and files.
+"""What stands beside the model of vae2.ipynb, in the order in which the notebook uses it.
 
-`check_hyperparameters` refuses bad settings, `load_mnist` finds the images, the `plot_` functions
-turn arrays into matplotlib figures, `save_run` and `load_run` keep what was trained.
-Importing this module changes no setting, draws nothing and downloads nothing.
+Settings are checked, data found, training watched over, figures drawn, pictures made to play with,
+runs kept. Importing this module changes no setting, draws nothing and downloads nothing.
 """
 
 import contextlib
-import ctypes
-import gc
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -17,73 +15,63 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pydantic
-from IPython import get_ipython
-from IPython.display import display
+from matplotlib import colormaps, rcParams
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
-from sklearn.metrics import ConfusionMatrixDisplay
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from sklearn.model_selection import train_test_split
 
 SIDE = 28  # pixels along one side of an image
-MAX_IMAGES = 300_000  # in one file: room for MNIST's largest relative, EMNIST digits
-MNIST_HOST = "https://storage.googleapis.com"  # from which Keras downloads it
-PATIENCE = 10  # seconds in which that host has to answer
+PIXELS = SIDE * SIDE
+DIGITS = 10  # classes
+
+# Kernel
 
 
 @contextlib.contextmanager
-def native_stderr_hidden():
-    """Discard what C and C++ code writes to file descriptor 2 while the context lasts.
+def quiet_start():
+    """Discard what C and C++ code writes to file descriptor 2 while TensorFlow is imported.
 
-    In a Jupyter kernel, warnings and errors of Python take another way and are still shown.
+    Whatever its log level is, it complains of missing GPU drivers
+    (https://github.com/tensorflow/tensorflow/issues/100442). In a Jupyter kernel, warnings and
+    errors of Python take another way and are still shown, as is all that comes later.
     """
+    os.environ.update(KERAS_BACKEND="tensorflow", TF_CPP_MIN_LOG_LEVEL="1")
     saved = os.dup(2)
     try:
         with open(os.devnull, "wb") as devnull:
             os.dup2(devnull.fileno(), 2)
         yield
+        import tensorflow as tf
+
+        tf.config.list_logical_devices()  # looks for devices now, and complains now
     finally:
         os.dup2(saved, 2)
         os.close(saved)
 
 
-def release_memory():
-    """Return memory that is free, but still held, to the system; where glibc is, nothing else."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def until_interrupted(items):
-    """Yield items until the kernel is interrupted; the work on the present one is finished first.
-
-    Meanwhile an interrupt (Jupyter's button, Ctrl-C) raises no KeyboardInterrupt, so that a loop
-    over these items never stops half-way through one.
-    """
-    interrupted = threading.Event()
-    previous_handler = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    try:
-        for item in items:
-            if interrupted.is_set():
-                return
-            yield item
-    finally:
-        signal.signal(signal.SIGINT, previous_handler)
-
+# Settings
 
 PathText = Annotated[str, pydantic.Field(min_length=1)]
-Units = Annotated[int, pydantic.Field(ge=1, le=10_000)]
+Units = Annotated[int, pydantic.Field(ge=1)]
 NotNegative = Annotated[float, pydantic.Field(ge=0)]
 Positive = Annotated[float, pydantic.Field(gt=0)]
+
+
+def allowed(why, **limits):
+    """Return a field with limits and the reason for them, which an error will give."""
+    return pydantic.Field(description=why, **limits)
 
 
 class Hyperparameters(pydantic.BaseModel):
@@ -93,54 +81,96 @@ class Hyperparameters(pydantic.BaseModel):
 
     data_path: PathText | None
     output_dir: PathText | None
-    seed: int = pydantic.Field(ge=0, lt=2**30)
-    epochs: int = pydantic.Field(ge=1, le=500)
+    seed: int = allowed("it seeds generators of 32 bits", ge=0, lt=2**31)
+    epochs: int = allowed("each is a row of one figure", ge=1, le=1000)
     batch_size: int = pydantic.Field(ge=1)
-    hidden_layers: list[Units] = pydantic.Field(min_length=1, max_length=20)
-    activation: Literal[
-        "elu", "gelu", "leaky_relu", "mish", "relu", "selu", "sigmoid", "silu", "softplus", "tanh"
-    ]
-    decoder_skips: bool
-    z_dim: int = pydantic.Field(ge=2, le=100)
-    likelihood: Literal["gaussian", "bernoulli"]
-    decoder_std: float = pydantic.Field(ge=0.01, le=100)
+    hidden_layers: list[Units] = pydantic.Field(min_length=1)
+    activation: str
+    z_dim: int = allowed("styles are drawn in a plane", ge=2)
+    likelihood: str
+    decoder_std: float = allowed("its square divides 32-bit numbers", ge=0.001, le=1000)
     classification_weight: NotNegative
-    stop_gradient: bool
-    kl_weight_start: NotNegative
-    kl_anneal_epochs: int = pydantic.Field(ge=0)
-    asked_digit_weight: NotNegative
-    asked_digit_batch: int = pydantic.Field(ge=1, le=100_000)
-    distortion: float = pydantic.Field(ge=0, le=5)
-    optimizer_name: Literal["sgd", "adam"]
+    optimizer_name: str
     learning_rate: Positive
+    momentum: float = allowed("steps would grow without end at 1", ge=0, lt=1)
     cosine_decay: bool
-    momentum: float = pydantic.Field(ge=0, lt=1)
     clip_norm: Positive | None
+    mean_image_bias: bool
+    decoder_skips: bool
+    stop_gradient: bool
+    asked_digit_weight: NotNegative
+    asked_digit_batch: int = pydantic.Field(ge=1)
+    distortion: float = allowed("digits leave the image beyond", ge=0, le=5)
+
+    @pydantic.field_validator("activation")
+    @classmethod
+    def _known_to_keras(cls, name):
+        import keras
+
+        try:
+            keras.activations.get(name)(np.ones([1, 2], np.float32))
+        except Exception as error:  # each activation fails in its own way
+            raise ValueError(
+                "Input should be the name of a Keras activation that needs no arguments"
+            ) from error
+        return name
+
+    @pydantic.field_validator("likelihood", "optimizer_name")
+    @classmethod
+    def _in_table(cls, name, info):
+        table = info.context[info.field_name]
+        if name not in table:
+            raise ValueError(f"Input should be {' or '.join(map(repr, table))}")
+        return name
 
 
 def check_hyperparameters(names):
     """Check the hyperparameters among some names, such as a notebook's `globals()`.
 
     Args:
-        names: a dict that holds every field of `Hyperparameters`; the rest of it is ignored.
+        names: a dict that holds every field of `Hyperparameters`, and the table `likelihoods` of
+            those that there are; the rest of it is ignored.
 
     Returns:
         `Hyperparameters`, a copy that cannot be changed.
 
     Raises:
         ValueError: a line for each hyperparameter that is missing or wrong, with its name, its
-            value and what is allowed.
+            value, what is allowed and, where a limit is not plain, why.
     """
+    tables = {"likelihood": names["likelihoods"], "optimizer_name": ("sgd", "adam")}
     try:
-        return Hyperparameters.model_validate(names)
+        return Hyperparameters.model_validate(names, context=tables)
     except pydantic.ValidationError as error:
         lines = []
         for fault in error.errors():
             name, *indices = fault["loc"]
             where = name + "".join(f"[{index}]" for index in indices)
             value = "" if fault["type"] == "missing" else f" = {fault['input']!r:.80}"
-            lines.append(f"{where}{value}: {fault['msg']}")
+            message = fault["msg"].removeprefix("Value error, ")
+            reason = Hyperparameters.model_fields[name].description
+            lines.append(f"{where}{value}: {message}{f' ({reason})' if reason else ''}")
         raise ValueError("\n".join(lines)) from None
+
+
+def check_batch_size(batch_size, image_count):
+    """Raise ValueError if a minibatch takes more images than the training set has."""
+    if batch_size > image_count:
+        raise ValueError(
+            f"batch_size = {batch_size}: Input should be less than or equal to {image_count}, "
+            "the number of training images"
+        )
+
+
+# Data
+
+MAX_IMAGES = 300_000  # in one file
+MNIST_HOST = "https://storage.googleapis.com"  # from which Keras downloads it
+PATIENCE = 10  # seconds in which that host has to answer
+MNIST_DIGESTS = (  # SHA-256 of the bytes of MNIST's training and test images
+    "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757",
+    "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161",
+)
 
 
 class Digits(NamedTuple):
@@ -160,22 +190,34 @@ class Digits(NamedTuple):
     y_test: np.ndarray
     name: str
 
+    @property
+    def digest(self):
+        """SHA-256 of the training images' bytes, in hexadecimal."""
+        return hashlib.sha256(self.x_train).hexdigest()
+
+    @property
+    def is_mnist(self):
+        """Whether these are all of MNIST's images, by their content."""
+        return (self.digest, hashlib.sha256(self.x_test).hexdigest()) == MNIST_DIGESTS
+
 
 def load_mnist(path=None):
-    """Load MNIST from a local copy or by download; offline, smaller digits stand in for it.
+    """Load MNIST from a local copy or by download; offline, fewer digits stand in for it.
 
     Args:
         path: a Keras `mnist.npz`, or a folder of the four IDX files, gzipped or not. `None`
             takes Keras' own download, which stays in its cache and is checked against a
             checksum; where that cannot be had, one printed line says so and the digits are
-            those of `load_small_digits`.
+            those of `load_offline_digits`.
 
     Returns:
-        `Digits`; the original MNIST has 60,000 images for training and 10,000 for testing.
+        `Digits`; the original MNIST has 60,000 images for training and 10,000 for testing. They
+        are named MNIST if the training images are MNIST's, by their content; other data sets
+        in the same formats by their file or folder.
 
     Raises:
-        ValueError: `path` is no readable copy of MNIST. The message names the file and what is
-            wrong with it; a path that was asked for never gives other data.
+        ValueError: `path` is no readable copy of such a data set. The message names the file and
+            what is wrong with it; a path that was asked for never gives other data.
 
     Source:
         Yann LeCun, Corinna Cortes and Christopher J. C. Burges, "The MNIST database of
@@ -188,16 +230,22 @@ def load_mnist(path=None):
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: no such file or folder: {error}") from error
         arrays = _read_idx_folder(path) if path.is_dir() else _read_npz(path)
-        return Digits(*arrays, name="MNIST")
+        return _named(Digits(*arrays, name=path.resolve().name))
     try:
         train, test = _download()
     except Exception as error:  # Keras raises a bare Exception when a download fails
         print(
             f"No MNIST: it is not in Keras' cache and cannot be downloaded ({error}). "
-            "Training on scikit-learn's 1,797 small digits instead."
+            "Training on OFFLINE instead."
         )
         return load_small_digits()
-    return Digits(*_check(*train, "Keras' MNIST"), *_check(*test, "Keras' MNIST"), name="MNIST")
+    return _named(Digits(*_check(*train, "Keras"), *_check(*test, "Keras"), name="mnist.npz"))
+
+
+def _named(digits):
+    """Call digits MNIST or not, by their content; their name so far is that of a file."""
+    is_mnist = digits.digest == MNIST_DIGESTS[0]
+    return digits._replace(name="MNIST" if is_mnist else f"{digits.name} (not MNIST)")
 
 
 def _download():
@@ -208,13 +256,13 @@ def _download():
     """
     import keras  # here, so that the notebook decides when TensorFlow starts
 
-    results, errors, answered = [], [], threading.Event()
+    outcome, answered = [], threading.Event()
 
     def load():
         try:
-            results.append(keras.datasets.mnist.load_data())
+            outcome.append(keras.datasets.mnist.load_data())
         except Exception as error:
-            errors.append(error)
+            outcome.append(error)
 
     def knock():
         with contextlib.suppress(OSError):
@@ -236,9 +284,9 @@ def _download():
         loader.join()
     finally:
         socket.setdefaulttimeout(previous_timeout)
-    if errors:
-        raise errors[0]
-    return results[0]
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
 
 
 def load_small_digits(copies=20, seed=0):
@@ -321,63 +369,233 @@ def _read_npz(path):
 
 def _read_idx_folder(folder):
     """Read the four IDX files of a folder; ValueError names the one that is missing or bad."""
+    if any(folder.glob("emnist-*")):
+        raise ValueError(
+            f"{folder}: EMNIST's files hold transposed images; swap their axes in an mnist.npz"
+        )
     arrays = []
     for part in ("train", "t10k"):
-        images = _read_idx(folder, f"{part}-images?idx3-ubyte", (SIDE, SIDE))
-        labels = _read_idx(folder, f"{part}-labels?idx1-ubyte", ())
+        images = _read_idx(folder, f"{part}-images?idx3-ubyte", 3)
+        labels = _read_idx(folder, f"{part}-labels?idx1-ubyte", 1)
         arrays += _check(images, labels, folder / f"{part}-*")
     return arrays
 
 
-def _read_idx(folder, pattern, item_shape):
-    """Read one IDX file of bytes, gzipped or not, whose items have the given shape."""
+def _read_idx(folder, pattern, dimensions):
+    """Read one IDX file of bytes, gzipped or not, into an array of so many dimensions."""
     paths = sorted([*folder.glob(pattern), *folder.glob(f"{pattern}.gz")])
-    paths = [path for path in paths if path.is_file()]
-    if not paths:
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
         raise ValueError(f"{folder}: it holds no {pattern.replace('?', '-')} (or .gz)")
-    path = paths[0]
-    magic = 0x0800 + 1 + len(item_shape)  # 08: unsigned bytes; then the number of dimensions
-    header_bytes = 4 * (2 + len(item_shape))
+    magic = 0x0800 + dimensions  # 08: unsigned bytes
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            header = file.read(header_bytes)
-            if len(header) < header_bytes:
+            header = file.read(4 + 4 * dimensions)
+            if len(header) < 4 + 4 * dimensions:
                 raise ValueError("its header is cut off")
-            found_magic, count, *shape = np.frombuffer(header, ">u4").tolist()
+            found_magic, *shape = np.frombuffer(header, ">u4").tolist()
             if found_magic != magic:
                 raise ValueError(f"its magic number is {found_magic}, not {magic}")
-            if tuple(shape) != item_shape or count > MAX_IMAGES:
+            if shape[0] > MAX_IMAGES or shape[1:] != [SIDE, SIDE][: dimensions - 1]:
                 raise ValueError(
-                    f"its header promises {count} items of shape {tuple(shape)}; allowed are up to "
-                    f"{MAX_IMAGES:,} of shape {item_shape}"
+                    f"its header promises {shape[0]} items of shape {shape[1:]}; allowed are up "
+                    f"to {MAX_IMAGES:,}, images of [{SIDE}, {SIDE}]"
                 )
-            size = count * math.prod(item_shape)
+            size = math.prod(shape)
             content = file.read(size + 1)
-    except Exception as error:
+            if len(content) != size:
+                fault = "is cut off" if len(content) < size else "goes on"
+                raise ValueError(f"it {fault} where its header promises {size:,} bytes")
+    except Exception as error:  # damaged bytes make gzip fail in many ways
         raise ValueError(f"{path}: not a readable IDX file: {error}") from error
-    if len(content) != size:
-        fault = "is cut off" if len(content) < size else "goes on"
-        raise ValueError(f"{path}: the file {fault} where its header promises {size:,} bytes")
-    return np.frombuffer(content, np.uint8).reshape(count, *item_shape)
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def _check(images, digits, where):
-    """Return images as uint8 [N, 784] and digits as int32 [N]; ValueError if they are not MNIST."""
+    """Return images as uint8 [N, 784] and digits as int32 [N]; ValueError if they are of no use."""
     if images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE) or len(images) == 0:
         raise ValueError(
-            f"{where}: images must be uint8 [N, 28, 28], not {images.dtype} {list(images.shape)}"
+            f"{where}: images must be uint8 [N, {SIDE}, {SIDE}], the size that this notebook is "
+            f"for, not {images.dtype} {list(images.shape)}"
         )
     if digits.dtype.kind not in "iu" or digits.shape != images.shape[:1]:
         raise ValueError(
             f"{where}: {len(images)} images need as many integer labels, "
             f"not {digits.dtype} {list(digits.shape)}"
         )
-    if digits.min() < 0 or digits.max() > 9:
-        raise ValueError(f"{where}: labels must be 0 to 9, not {digits.min()} to {digits.max()}")
-    return images.reshape(len(images), SIDE * SIDE), digits.astype(np.int32)
+    if digits.min() < 0 or digits.max() >= DIGITS:
+        raise ValueError(
+            f"{where}: labels must be 0 to {DIGITS - 1}, the classes that this notebook is for, "
+            f"not {digits.min()} to {digits.max()}"
+        )
+    return images.reshape(len(images), PIXELS), digits.astype(np.int32)
 
 
-INK = {"cmap": "gray_r", "vmin": 0, "vmax": 1}  # 0 is white paper, 1 is black ink
+# Training
+
+
+class Snapshot:
+    """Values of all variables of networks or optimizers, to go back to.
+
+    Args:
+        owners: objects with `variables`, such as Keras models: weights, statistics of batch
+            normalization, states of random generators, momenta.
+    """
+
+    def __init__(self, owners):
+        self._variables = [variable for owner in owners for variable in owner.variables]
+        self.take()
+
+    def take(self):
+        """Keep the present values in place of those before."""
+        self._values = [variable.numpy() for variable in self._variables]
+
+    def restore(self):
+        """Put the kept values back."""
+        for variable, value in zip(self._variables, self._values, strict=True):
+            variable.assign(value)
+
+
+class Training:
+    """A `with` block in which training may end early, always at the last finished epoch.
+
+    An interrupt of the kernel (Jupyter's button, Ctrl-C) ends it before the next part of an epoch,
+    a loss that is not finite at the epoch's end. Either goes back to the networks of the last
+    finished epoch, and is said instead of raised.
+
+    Args:
+        networks: Keras models.
+        epochs: how many there shall be.
+    """
+
+    def __init__(self, networks, epochs):
+        self._last_finished = Snapshot(networks)
+        self._finished, self._epochs, self._interrupted = 0, epochs, False
+
+    def __enter__(self):
+        self._handler = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def _interrupt(self, *_):
+        self._interrupted = True
+        print("Interrupted: back to the last finished epoch.")
+
+    def parts(self, steps, seconds=0.5):
+        """Yield an epoch in parts of about so many seconds, so that an interrupt need not wait.
+
+        Yields:
+            The first step of each part and the first after it, int32 tensors. Of 0 steps there is
+            one part, without any.
+
+        Raises:
+            KeyboardInterrupt: the kernel was interrupted since training began.
+        """
+        import tensorflow as tf
+
+        first, size = 0, 4
+        while first < max(1, steps):
+            if self._interrupted:
+                raise KeyboardInterrupt
+            last, start = min(first + size, steps), time.perf_counter()
+            yield tf.constant(first), tf.constant(last)
+            in_time = size * seconds / (time.perf_counter() - start)
+            first, size = max(1, last), max(1, min(4 * size, int(in_time)))
+
+    def finish_epoch(self, losses):
+        """Take the networks as they are for those of a finished epoch.
+
+        Raises:
+            FloatingPointError: a value of the dict `losses` is not finite.
+        """
+        if not np.isfinite(list(losses.values())).all():
+            epoch = self._finished + 1
+            lower = "lower learning_rate or clip_norm."
+            raise FloatingPointError(f"The loss of epoch {epoch} is not finite: {lower}")
+        self._last_finished.take()
+        self._finished += 1
+
+    def __exit__(self, kind, error, _):
+        signal.signal(signal.SIGINT, self._handler)
+        if kind not in (KeyboardInterrupt, FloatingPointError):
+            return False
+        self._last_finished.restore()
+        print(*error.args, f"Stopped after {self._finished} of {self._epochs} epochs.")
+        print("Run this cell again to start afresh.")
+        return True
+
+
+def in_batches(function, *arrays, size=1000):
+    """Apply a function to rows of arrays, so many at a time to save memory.
+
+    Args:
+        function: takes as many tensors [n, …], returns a tensor [n, …] or a tuple of them.
+        arrays: of the same length N; those of floating-point numbers become float32.
+        size: how many rows at a time.
+
+    Returns:
+        A NumPy array [N, …], or a tuple of them.
+    """
+    import tensorflow as tf
+
+    arrays = [np.asarray(array) for array in arrays]
+    arrays = [a.astype(np.float32, copy=False) if a.dtype.kind == "f" else a for a in arrays]
+    batches = ([a[i : i + size] for a in arrays] for i in range(0, max(map(len, arrays)), size))
+    results = [function(*map(tf.constant, batch)) for batch in batches]
+    if isinstance(results[0], tuple):
+        return tuple(map(np.concatenate, zip(*results, strict=True)))
+    return np.concatenate(results)
+
+
+WARP = 6  # numbers that make an affine map of the plane
+
+
+def distort(images, strength, warp):
+    """Move the pixels of all images by the same affine map of the plane.
+
+    First the pixels of each row move along the row, then those of each column along the column.
+    With linear interpolation, each of the two is a product with a small matrix for every row or
+    column, whose entries say from which pixels a new pixel is mixed.
+
+    Args:
+        images: float tensor [N, 784].
+        strength: by which `warp` is multiplied; at 0, nothing is done.
+        warp: float tensor [6], how far they are turned, sheared, made wider and taller (1: by
+            0.2, 0.2, 0.12, 0.12) and shifted to the right and down (1: by 2 pixels).
+
+    Returns:
+        A tensor [N, 784].
+    """
+    import tensorflow as tf
+
+    if not strength:
+        return images
+    limits = strength * np.array([0.2, 0.2, 0.12, 0.12, 2.0, 2.0], np.float32)
+    turn, shear, wider, taller, right, down = tf.unstack(limits * warp)
+    position = tf.range(SIDE, dtype=tf.float32) - (SIDE - 1) / 2  # in pixels from the centre
+    x, y = position[None, :], position[:, None]
+    source_x = (1 + wider) * x + (shear - turn) * y + right  # [row, new x]
+    source_y = (1 + taller) * y + turn * x + down  # [new y, column]
+    # Weight of each old pixel in a new one, falling to zero one pixel away:
+    row_weights = tf.nn.relu(1 - abs(source_x[:, None] - position[:, None]))  # [row, old x, new x]
+    column_weights = tf.nn.relu(1 - abs(source_y - position[:, None, None]))  # [old y, new y, col]
+    moved = tf.einsum("nyu,yux->nyx", tf.reshape(images, [-1, SIDE, SIDE]), row_weights)
+    moved = tf.einsum("nvx,vyx->nyx", moved, column_weights)
+    return tf.reshape(moved, [-1, PIXELS])
+
+
+def clip(gradients, longest):
+    """Shorten what is longer than `longest` of each unit's gradient (of its weights, its bias)."""
+    import tensorflow as tf
+
+    if longest is None:
+        return gradients
+    return [tf.clip_by_norm(gradient, longest, axes=0) for gradient in gradients]
+
+
+# Figures
+
+# 0 is white paper, 1 is black ink, in 64 shades: hardly fewer to the eye, far fewer bytes to a file.
+INK = {"cmap": colormaps["gray_r"].resampled(64), "vmin": 0, "vmax": 1}
 
 
 def _tile(images):
@@ -387,14 +605,7 @@ def _tile(images):
     return tiled.reshape(rows * SIDE, columns * SIDE)
 
 
-def digits_png(images):
-    """Return images [rows, columns, 784] in [0, 1], side by side, as the bytes of a PNG file."""
-    file = io.BytesIO()
-    imsave(file, _tile(images), format="png", **INK)
-    return file.getvalue()
-
-
-def plot_digit_grid(images, *, row_labels=None, column_labels=range(10), title=None, ax=None):
+def plot_digit_grid(images, *, row_labels=None, column_labels=range(DIGITS), title=None, ax=None):
     """Draw images as one tiled picture, ink dark on white.
 
     Args:
@@ -411,14 +622,18 @@ def plot_digit_grid(images, *, row_labels=None, column_labels=range(10), title=N
         ValueError: `images` is not of that shape, or a list of labels not as long as its side.
     """
     images = np.asarray(images, np.float32)
-    if images.ndim != 3 or images.shape[2] != SIDE * SIDE:
-        raise ValueError(f"images must be [rows, columns, 784], not {list(images.shape)}")
+    if images.ndim != 3 or images.shape[2] != PIXELS:
+        raise ValueError(f"images must be [rows, columns, {PIXELS}], not {list(images.shape)}")
     rows, columns = images.shape[:2]
     if ax is None:
-        side = min(0.5, 30 / max(rows, columns))  # of an image, in inches
-        size = (0.9 + side * columns, 0.7 + side * rows)
-        ax = Figure(figsize=size, layout="constrained").subplots()
-    ax.imshow(_tile(images), **INK)
+        # Each pixel of an image is a whole number of the figure's, so that all are alike; a
+        # notebook's inline figures have twice the dots per inch that matplotlib says.
+        scale = max(1, min(3, 2000 // (SIDE * max(rows, columns))))
+        width, height = (scale * SIDE * n / (2 * rcParams["figure.dpi"]) for n in (columns, rows))
+        all_width, all_height = width + 3, height + 1.5  # of which a notebook shows what is drawn
+        frame = [1.5 / all_width, 0.75 / all_height, width / all_width, height / all_height]
+        ax = Figure(figsize=(all_width, all_height)).add_axes(frame)
+    ax.imshow(_tile(images), interpolation="nearest", **INK)
     ax.set_xticks(np.arange(columns) * SIDE + SIDE / 2 - 0.5, list(column_labels))
     ax.set_yticks(np.arange(rows) * SIDE + SIDE / 2 - 0.5, row_labels or [""] * rows)
     ax.tick_params(length=0)
@@ -427,10 +642,23 @@ def plot_digit_grid(images, *, row_labels=None, column_labels=range(10), title=N
     return ax.figure
 
 
-def update_digit_grid(figure, images):
-    """Replace the images in a figure of `plot_digit_grid` by others as many; return it."""
-    figure.axes[0].images[0].set_data(_tile(images))
-    return figure
+def plot_samples(samples, epochs, name):
+    """Draw the rows of the digit grid that there are, with room for those to come.
+
+    Args:
+        samples: [finished epochs, 10, 784], grey values in [0, 1].
+        epochs: how many rows there will be.
+        name: of the data set.
+
+    Returns:
+        The matplotlib Figure.
+    """
+    to_come = np.zeros([epochs - len(samples), DIGITS, PIXELS], np.float32)
+    return plot_digit_grid(
+        np.concatenate([samples, to_come]),
+        row_labels=[f"epoch {epoch}" for epoch in range(1, epochs + 1)],
+        title=f"Digits generated after each epoch of training on {name}",
+    )
 
 
 def plot_losses(history, *, title=None):
@@ -486,38 +714,44 @@ def plot_styles(z_mean, digits, *, title=None):
     return figure
 
 
-def plot_confusions(matrices, *, row_name, column_name, title=None):
+def plot_confusions(pairs, *, title=None):
     """Draw confusion matrices side by side, in per cent of each row.
 
     Args:
-        matrices: a dict from the title of each matrix to its counts [10, 10].
-        row_name: what the rows are.
-        column_name: what the columns are.
+        pairs: a dict from the title of each matrix to the name of its rows, the digit [N] of each
+            case by which it counts in a row, and the same two of its columns.
         title: of the figure, or `None`.
 
     Returns:
         The matplotlib Figure.
     """
-    figure = Figure(figsize=(4.7 * len(matrices), 5.2), layout="constrained")
-    axes = figure.subplots(1, len(matrices), squeeze=False)[0]
-    for ax, (name, counts) in zip(axes, matrices.items(), strict=True):
-        counts = np.asarray(counts)
+    figure = Figure(figsize=(4.4 * len(pairs), 4.7), layout="constrained")
+    axes = figure.subplots(1, len(pairs), squeeze=False)[0]
+    for ax, (name, (row_name, rows, column_name, columns)) in zip(axes, pairs.items(), strict=True):
+        counts = confusion_matrix(rows, columns, labels=range(DIGITS))
         percent = 100 * counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
         display = ConfusionMatrixDisplay(percent)
         display.plot(ax=ax, cmap="Blues", colorbar=False, values_format=".1f", text_kw={"size": 7})
-        ax.set(xlabel=column_name, ylabel=row_name)
-        ax.set_title(name, fontsize="medium")
+        for text, value in zip(display.text_.ravel(), percent.ravel(), strict=True):
+            text.set_visible(value > 0)
+        ax.set(xlabel=f"digit {column_name}", ylabel=f"digit {row_name}")
+        same = np.mean(np.equal(rows, columns))
+        ax.set_title(f"{name}: {same:.2%} the same", fontsize="medium")
     figure.suptitle(title)
     return figure
 
 
-def show_widget(widget, instead):
-    """Display an ipywidgets widget; where widgets are not shown, a figure in its place.
+# Playing
 
-    Both are one output in two formats, of which a front end takes the richest that it can show.
-    """
-    data, metadata = get_ipython().display_formatter.format(instead)
-    display({**data, **widget._repr_mimebundle_()}, metadata=metadata, raw=True)
+
+def digits_png(images):
+    """Return images [rows, columns, 784] in [0, 1], side by side, as the bytes of a PNG file."""
+    file = io.BytesIO()
+    imsave(file, _tile(images), format="png", **INK)
+    return file.getvalue()
+
+
+# Keeping a run
 
 
 class Run(NamedTuple):
@@ -530,6 +764,7 @@ class Run(NamedTuple):
         hyperparameters: a dict.
         history: a dict of lists, one number per epoch.
         samples: float32 [epochs, 10, 784], the rows of the digit grid.
+        results: a dict of what was measured at the end, the data set and the versions.
     """
 
     encoder: object
@@ -538,12 +773,13 @@ class Run(NamedTuple):
     hyperparameters: dict
     history: dict
     samples: np.ndarray
+    results: dict
 
 
 def save_run(folder, run):
-    """Keep a run in a folder: three `.keras` files, two JSON files and an NPZ file.
+    """Keep a run in a folder: three `.keras` files, three JSON files and an NPZ file.
 
-    All six are first written in a folder beside them and then moved into place, so that each is
+    All are first written in a folder beside them and then moved into place, so that each is
     whole or absent whenever this is cut short, and those of two runs are never mixed.
 
     Args:
@@ -610,5 +846,5 @@ def load_run(folder):
 
 def _file_name(name):
     """Return the name of the file that keeps this part of a `Run`."""
-    suffixes = {"hyperparameters": ".json", "history": ".json", "samples": ".npz"}
-    return name + suffixes.get(name, ".keras")
+    suffixes = dict.fromkeys(("hyperparameters", "history", "results"), ".json")
+    return name + {**suffixes, "samples": ".npz"}.get(name, ".keras")

@@ -1,40 +1,45 @@
 """Bad settings are named before anything is built, and nothing worse comes of them."""
 
 import ast
+import inspect
 import math
 import re
 
+import keras
 import pytest
-from conftest import NOTEBOOK, ROOT, SMALL, Kernel, cell_source
+from conftest import NOTEBOOK, ROOT, cell_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nbclient.exceptions import CellExecutionError
 
 import vae_helpers
+
 
 DEFAULTS = {}
 exec(cell_source(NOTEBOOK, "parameters"), DEFAULTS)
 del DEFAULTS["__builtins__"]
+LIKELIHOODS = {"likelihoods": ["gaussian", "bernoulli"]}
+
 
 INF, NAN = math.inf, math.nan
+
+
 BAD = {
     "data_path": [0, "", ["mnist.npz"], True],
     "output_dir": [0, "", True],
-    "seed": [-1, 2**30, 1.5, None, "0"],
-    "epochs": [0, -1, 501, 2.0, None, True, "20", INF],
+    "seed": [-1, 2**31, 1.5, None, "0"],
+    "epochs": [0, -1, 1001, 2.0, None, True, "20", INF],
     "batch_size": [0, -5, 1.5, NAN, "many"],
-    "hidden_layers": [[], [0], [512, -1], [10_001], [12.5], 512, "5", None, [True], [[5]]],
-    "activation": ["gelo", "", None, "GELU", 0],
+    "hidden_layers": [[], [0], [512, -1], [12.5], 512, "5", None, [True], [[5]]],
+    "activation": ["gelo", "", None, "GELU", 0, "get", "threshold"],
     "decoder_skips": [1, "yes", None],
-    "z_dim": [0, 1, -3, 101, 10.0, None],
+    "z_dim": [0, 1, -3, 10.0, None],
     "likelihood": ["normal", None, ""],
     "decoder_std": [0, -0.5, NAN, INF, "0.5", None, 1e-9],
     "classification_weight": [-1.0, NAN, INF, None],
     "stop_gradient": [0, "no"],
-    "kl_weight_start": [-0.1, NAN, INF, "1"],
-    "kl_anneal_epochs": [-1, 0.5, NAN, INF],
+    "mean_image_bias": [0, "yes", None],
     "asked_digit_weight": [-1, NAN, INF],
-    "asked_digit_batch": [0, -1, 2.5, 100_001],
+    "asked_digit_batch": [0, -1, 2.5],
     "distortion": [-0.1, 5.1, NAN, None],
     "optimizer_name": ["sdg", "SGD", "", None, 1],
     "learning_rate": [0, -0.1, NAN, INF, "fast", None],
@@ -42,14 +47,18 @@ BAD = {
     "momentum": [-0.1, 1, 1.5, NAN, None],
     "clip_norm": [0, -5, NAN, INF, "5"],
 }  # fmt: skip
+
+
 CASES = [(name, value) for name, values in BAD.items() for value in values]
+
+
 ALLOWED = ("Input should be", "List should have", "String should have")
 
 
 def refusal(name, value):
     """Return the lines with which a value is refused, none if it is taken."""
     try:
-        checked = vae_helpers.check_hyperparameters({**DEFAULTS, name: value})
+        checked = vae_helpers.check_hyperparameters({**DEFAULTS, **LIKELIHOODS, name: value})
     except ValueError as error:
         return str(error).splitlines()
     assert getattr(checked, name) == value
@@ -57,7 +66,7 @@ def refusal(name, value):
 
 
 def test_the_defaults_are_taken_and_all_are_checked():
-    checked = vae_helpers.check_hyperparameters({**DEFAULTS, "another": 1})
+    checked = vae_helpers.check_hyperparameters({**DEFAULTS, **LIKELIHOODS, "another": 1})
     assert checked.model_dump() == DEFAULTS
     assert set(BAD) == set(DEFAULTS)
     assert len(CASES) >= 40
@@ -79,10 +88,52 @@ def test_a_bad_value_is_named_with_what_is_allowed(name, value):
 
 
 def test_all_that_is_wrong_is_named_at_once():
-    names = {**DEFAULTS, "epochs": 0, "z_dim": "ten"}
+    names = {**DEFAULTS, **LIKELIHOODS, "epochs": 0, "z_dim": "ten"}
     del names["seed"]
     with pytest.raises(ValueError, match=r"seed: Field required\nepochs = 0: .*\nz_dim = 'ten'"):
         vae_helpers.check_hyperparameters(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("epochs", 1000), ("hidden_layers", [100_000] * 30), ("z_dim", 784), ("asked_digit_batch", 10**6)],
+)
+def test_no_limit_without_a_reason(name, value):
+    assert not refusal(name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("epochs", 1001, "each is a row of one figure"),
+        ("seed", 2**31, "it seeds generators of 32 bits"),
+        ("distortion", 6.0, "digits leave the image beyond"),
+    ],
+)
+def test_a_limit_gives_its_reason(name, value, reason):
+    (line,) = refusal(name, value)
+    assert line.endswith(f"({reason})")
+
+
+def test_any_activation_that_keras_knows_and_can_use_is_taken():
+    taken = [
+        name
+        for name, function in inspect.getmembers(keras.activations, inspect.isfunction)
+        if not refusal("activation", name)
+    ]
+    assert {"relu", "gelu", "silu", "sigmoid", "tanh", "softmax", "hard_silu", "celu"} <= set(taken)
+    assert len(taken) > 20
+    for name in taken:
+        inputs = keras.Input([3])
+        keras.Model(inputs, keras.layers.Dense(4, activation=name)(inputs))
+
+
+def test_a_likelihood_is_known_by_its_entry_in_the_table():
+    names = {**DEFAULTS, "likelihood": "laplace"}
+    taken = vae_helpers.check_hyperparameters({**names, "likelihoods": {"laplace": None}})
+    assert taken.likelihood == "laplace"
+    with pytest.raises(ValueError, match="Input should be 'gaussian' or 'bernoulli'"):
+        vae_helpers.check_hyperparameters({**names, **LIKELIHOODS})
 
 
 ANYTHING = st.recursive(
@@ -107,57 +158,10 @@ def test_anything_is_taken_or_refused_by_name(name, value):
             assert DEFAULTS[name] is None or type(value) is type(DEFAULTS[name])
 
 
-@pytest.mark.parametrize(
-    ("parameters", "cell_id", "message"),
-    [
-        ({"optimizer_name": "sdg"}, "check", "optimizer_name = 'sdg': Input should be 'sgd' or"),
-        ({"batch_size": 10_000}, "data", "batch_size = 10000: Input should be at most 2994"),
-        ({"data_path": "nowhere.npz"}, "data", "nowhere.npz: no such file"),
-    ],
-)
-def test_the_notebook_stops_before_it_builds(parameters, cell_id, message, small_npz):
-    with Kernel() as kernel:
-        with pytest.raises(CellExecutionError, match="ValueError") as error:
-            kernel.run(**{**SMALL, "data_path": str(small_npz), **parameters})
-        assert message in str(error.value)
-        assert kernel.cell(cell_id).outputs[-1].output_type == "error"
-        assert not kernel.fetch("'encoder' in globals()")
-
-
-# Values at the edges of what is allowed.
-EXTREMES = [
-    {
-        "hidden_layers": [1],
-        "z_dim": 2,
-        "batch_size": 2994,
-        "epochs": 1,
-        "asked_digit_batch": 1,
-        "momentum": 0.0,
-        "kl_weight_start": 0,
-        "kl_anneal_epochs": 0,
-        "distortion": 5,
-        "decoder_std": 0.01,
-        "learning_rate": 1e-300,
-        "classification_weight": 0,
-        "clip_norm": 1e-6,
-        "seed": 2**30 - 1,
-    },
-    {
-        "hidden_layers": [30] * 20,
-        "activation": "selu",
-        "z_dim": 100,
-        "epochs": 1,
-        "likelihood": "bernoulli",
-        "kl_weight_start": 1000,
-        "optimizer_name": "adam",
-        "learning_rate": 0.001,
-        "decoder_std": 100,
-    },
-]
-
-
-@pytest.mark.parametrize("parameters", EXTREMES)
-def test_the_notebook_runs_at_the_edges(parameters, small_npz):
-    with Kernel() as kernel:
-        kernel.run(**{**SMALL, "data_path": str(small_npz), **parameters})
-        assert len(kernel.fetch("dict(history)['vae_loss']")) == 1
+def test_hyperparameters_are_flat_literals_with_comments():
+    (cell,) = [c for c in NOTEBOOK.cells if "parameters" in c.metadata.get("tags", [])]
+    for statement in ast.parse(cell.source).body:
+        assert isinstance(statement, ast.Assign)
+        assert statement.targets[0].id.islower()
+        ast.literal_eval(statement.value)
+    assert all("  # " in line for line in cell.source.splitlines() if line)

@@ -1,0 +1,72 @@
+"""Figures: what they show is what they were given."""
+
+import numpy as np
+import pytest
+
+import vae_helpers
+
+
+def test_digit_grid_tiles_the_images():
+    images = np.linspace(0, 1, 2 * 3 * 784).reshape(2, 3, 784)
+    figure = vae_helpers.plot_digit_grid(
+        images, row_labels=["one", "two"], column_labels="abc", title="Grid"
+    )
+    (ax,) = figure.axes
+    tiled = ax.images[0].get_array()
+    assert tiled.shape == (56, 84)
+    np.testing.assert_allclose(tiled[28:, 56:], images[1, 2].reshape(28, 28), rtol=1e-6)
+    assert ax.images[0].get_clim() == (0, 1)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["one", "two"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b", "c"]
+    assert ax.get_title() == "Grid"
+    assert vae_helpers.plot_digit_grid(images[:1], column_labels="abc", ax=ax) is figure
+
+
+def test_digit_grid_refuses_other_shapes():
+    with pytest.raises(ValueError, match=r"rows, columns, 784"):
+        vae_helpers.plot_digit_grid(np.zeros([10, 784]))
+    with pytest.raises(ValueError, match="label"):
+        vae_helpers.plot_digit_grid(np.zeros([2, 10, 784]), row_labels=["one"])
+
+
+def test_losses_are_drawn_for_both_sets():
+    history = {"vae_loss": [3, 2], "test_vae_loss": [4, 3]}
+    history |= {"classification_loss": [1, 0.5], "test_classification_loss": [2, 1]}
+    figure = vae_helpers.plot_losses(history, title="Losses")
+    for ax, name in zip(figure.axes, ("vae_loss", "classification_loss"), strict=True):
+        assert [line.get_ydata().tolist() for line in ax.lines] == [
+            history[name],
+            history[f"test_{name}"],
+        ]
+        assert len(ax.get_legend().get_texts()) == 2
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("epoch", "nats per image")
+
+
+def test_confusions_are_in_per_cent_of_each_row():
+    truth, read = [0, 0, 0, 0, 1, 9], [0, 0, 0, 1, 1, 8]
+    figure = vae_helpers.plot_confusions(
+        {"one": ("true", truth, "read", read), "two": ("read", read, "true", truth)}, title="Both"
+    )
+    shown = [[float(text.get_text() or 0) for text in ax.texts] for ax in figure.axes]
+    one, two = np.reshape(shown, [2, 10, 10])
+    assert one[0].tolist() == [75, 25, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert one[1, 1] == one[9, 8] == 100
+    assert one.sum() == 300  # rows without any are 0
+    assert two[1].tolist() == [50, 50, 0, 0, 0, 0, 0, 0, 0, 0]
+    titles = ["one: 66.67% the same", "two: 66.67% the same"]
+    assert [ax.get_title() for ax in figure.axes] == titles
+    labels = [(ax.get_ylabel(), ax.get_xlabel()) for ax in figure.axes]
+    assert labels == [("digit true", "digit read"), ("digit read", "digit true")]
+
+
+def test_styles_are_drawn_by_principal_components():
+    random = np.random.default_rng(0)
+    z_mean = random.normal(size=[200, 5]) * [5, 3, 0.1, 0.1, 0.1]
+    digits = random.integers(0, 10, 200)
+    ax = vae_helpers.plot_styles(z_mean, digits, title="Styles").axes[0]
+    assert len(ax.collections) == 10
+    drawn = ax.collections[4].get_offsets()
+    assert len(drawn) == np.sum(digits == 4)
+    # The first two dimensions have nearly all the variance, so they are the plane but for signs.
+    expected = (z_mean - z_mean.mean(axis=0))[digits == 4, :2]
+    np.testing.assert_allclose(np.abs(drawn), np.abs(expected), atol=0.6)

@@ -1,0 +1,205 @@
+"""What only real kernels can show: messages, interrupts, deaths, the same twice."""
+
+import asyncio
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import nbformat
+import numpy as np
+import pytest
+from conftest import (
+    CODE_CELLS,
+    RESULT_CELLS,
+    SMALL,
+    TINY,
+    Kernel,
+    Notebook,
+    notebook_with,
+    pictures,
+    printed,
+)
+from nbclient.exceptions import DeadKernelError
+from sklearn.neighbors import KNeighborsClassifier
+from test_reruns import assert_consistent, result
+from test_results import KEEP, keep
+
+
+@pytest.fixture(scope="module")
+def kernel(tiny):
+    """Yield a kernel that has run the whole notebook."""
+    with Kernel() as kernel:
+        yield kernel.run(**tiny)
+
+
+def test_every_output_is_clean(kernel):
+    for cell in kernel.notebook.cells:
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr", output.text
+
+
+def test_python_warnings_and_later_errors_are_shown(kernel):
+    cell = kernel.execute("import os, warnings\nwarnings.warn('Python', stacklevel=1)")
+    assert "Python" in printed(cell)
+    cell = kernel.execute("_ = os.write(2, b'from C++')\ntime.sleep(1)")
+    assert "from C++" in printed(cell)
+
+
+def shown(kernel, cell_ids=CODE_CELLS):
+    """Return all that cells show, but for what is measured in seconds or named anew each time."""
+    return [
+        (cell_id, output.get("text") or output.data.get("image/png") or output.data["text/markdown"])
+        for cell_id in cell_ids
+        if cell_id not in ("train", "measures")
+        for output in kernel.cell(cell_id).outputs
+        if "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+    ]
+
+
+def test_two_runs_show_the_same_and_so_does_the_notebook_in_another_process(kernel, tiny):
+    digests = "(history, np.asarray(samples), [w for n in networks for w in n.get_weights()])"
+    first = kernel.fetch(f"({digests.replace('history', 'dict(history)')})")
+    with Kernel() as again:
+        again.run(**tiny)
+        assert len(shown(again)) > 10
+        assert shown(again) == shown(kernel)
+        second = again.fetch(f"({digests.replace('history', 'dict(history)')})")
+    here = Notebook().run(last="train", **tiny)
+    third = here.fetch(digests)
+    for history, samples, weights in (second, third):
+        assert {**history, "seconds": 0} == {**first[0], "seconds": 0}
+        np.testing.assert_array_equal(samples, first[1])
+        for weight, expected in zip(weights, first[2], strict=True):
+            np.testing.assert_array_equal(weight, expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_fifty_result_cells_in_any_order_show_the_same(seed, kernel):
+    before = dict(shown(kernel))
+    for cell_id in np.random.default_rng(seed).choice(RESULT_CELLS, 50):
+        kernel.run(cell_id, cell_id)
+    assert dict(shown(kernel)) == before
+    kernel.run(RESULT_CELLS[0])
+    assert dict(shown(kernel)) == before
+
+
+def test_offline_default_ends_in_a_readable_grid(tmp_path):
+    # No cached copy, and nothing answers where the download goes.
+    offline = {"KERAS_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
+    with Kernel(**offline) as kernel:
+        kernel.run()
+        assert "No MNIST" in printed(kernel.cell("data"))
+        assert kernel.fetch("data.name") == "scikit-learn digits"
+        assert kernel.fetch("history['test_accuracy'][-1]") > 0.97
+        samples = np.asarray(kernel.fetch("samples"))
+        images, digits = kernel.fetch("data.x_train, data.y_train")
+    judge = KNeighborsClassifier(3).fit(images / 255, digits)  # knows real images alone
+    read = judge.predict(samples[-5:].reshape(-1, 784))
+    assert np.mean(read == np.tile(np.arange(10), 5)) >= 0.98
+
+
+def test_short_run_on_real_mnist(mnist):
+    with Kernel() as kernel:
+        kernel.run(data_path=mnist, epochs=2)
+        history = kernel.fetch("history")
+    assert history["test_vae_loss"][-1] < 235
+    assert history["test_accuracy"][-1] > 0.96
+    assert np.diff(history["vae_loss"]) < 0
+
+
+def test_kept_networks_draw_the_same_in_a_new_kernel(kernel, tmp_path):
+    folder = tmp_path / "ein Lauf ☃" / "1"
+    keep(kernel, folder)
+    assert {path.stem for path in folder.iterdir()} == KEEP
+    history = json.loads((folder / "history.json").read_text())
+    assert history == kernel.fetch("dict(history)")
+    settings = json.loads((folder / "hyperparameters.json").read_text())
+    assert settings["hidden_layers"] == SMALL["hidden_layers"]
+    kernel.run("load", "load")
+    images = kernel.fetch("generate(z, np.eye(10))")
+    samples = kernel.fetch("samples")
+    with Kernel() as new:
+        new.execute(f"output_dir = {str(folder)!r}")
+        new.run("load", "load")
+        np.testing.assert_array_equal(new.fetch("kept_images"), images)
+        np.testing.assert_array_equal(new.fetch("kept.samples"), samples)
+        assert "image/png" in new.cell("load").outputs[-1].data
+
+
+def test_a_kernel_that_dies_leaves_no_part_of_a_file(small_npz, tmp_path):
+    with Kernel() as kernel:
+        kernel.run(last="train", **SMALL, data_path=str(small_npz))
+        kernel.execute("os.replace = lambda *paths: os._exit(9)")
+        with pytest.raises(DeadKernelError):
+            keep(kernel, tmp_path)
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".unfinished-")]
+
+
+def interrupt_after(kernel, epochs):
+    """Send the kernel a real interrupt request once it has printed so many epochs."""
+
+    def wait_and_interrupt():
+        while printed(kernel.cell("train")).count("\nepoch") < epochs:
+            time.sleep(0.05)
+        asyncio.run(kernel.client.km.interrupt_kernel())
+
+    thread = threading.Thread(target=wait_and_interrupt, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_interrupt_ends_training_at_an_epochs_end(tiny):
+    with Kernel() as kernel:
+        kernel.run(last="epoch", **{**tiny, "epochs": 4000})
+        thread = interrupt_after(kernel, 3)
+        kernel.run("train", "train")
+        thread.join()
+        finished = len(kernel.fetch("samples"))
+        assert 3 <= finished < 40
+        assert_consistent(kernel, finished)
+        # The kernel's own handling of interrupts is back, and the next run starts afresh.
+        assert kernel.fetch("__import__('signal').getsignal(2).__name__") == "default_int_handler"
+        kernel.execute("epochs = 2")
+        kernel.run("train", "train")
+        assert [len(values) for values in kernel.fetch("list(history.values())")] == [2] * 8
+        assert "Stopped" not in printed(kernel.cell("train"))
+
+
+def test_two_kernels_at_once_in_a_folder_with_an_odd_name(small_arrays, tmp_path):
+    folder = tmp_path / "Übung 1: Ziffern ☃"
+    folder.mkdir()
+    data_path = folder / "ein mnist.npz"
+    np.savez_compressed(data_path, **small_arrays)
+    path = notebook_with(folder, **TINY, data_path=str(data_path), output_dir="läuft hier")
+    command = [sys.executable, "-m", "jupyter", "execute", path.name]
+    processes = [
+        subprocess.Popen([*command, f"--output=run{n}"], cwd=folder, stderr=subprocess.PIPE)
+        for n in (1, 2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors
+    digests = []
+    for n in (1, 2):
+        cells = nbformat.read(folder / f"run{n}.ipynb", as_version=4).cells
+        (train,) = [cell for cell in cells if cell.id == "train"]
+        (picture,) = [o.data["image/png"] for o in train.outputs if "data" in o]
+        digests.append(hashlib.sha256(base64.b64decode(picture)).digest())
+    assert digests[0] == digests[1]
+    kept = sorted(path.name for path in (folder / "läuft hier").iterdir())
+    networks = ["decoder.keras", "digit_classifier.keras", "encoder.keras"]
+    assert kept == [*networks, "history.json", "hyperparameters.json", "samples.npz"]
+
+
+def test_no_home_directory(small_npz):
+    nowhere = "/nonexistent"
+    env = {"HOME": nowhere, "KERAS_HOME": f"{nowhere}/keras", "https_proxy": "http://127.0.0.1:9"}
+    with Kernel(**env) as kernel:
+        kernel.run(last="data", **TINY)
+        assert kernel.fetch("data.name") == "scikit-learn digits"
+        kernel.run(first="parameters", **TINY, data_path=str(small_npz))
+        assert len(kernel.fetch("samples")) == TINY["epochs"]

@@ -1,0 +1,175 @@
+"""The losses and the training step, each against an oracle worked out apart."""
+
+import numpy as np
+import scipy.special
+import scipy.stats
+from conftest import SMALL, Notebook
+
+import vae_helpers
+
+
+def test_kl_loss_is_that_of_a_monte_carlo_estimate(notebook):
+    random = np.random.default_rng(0)
+    z_mean = random.normal(size=[5, 4]).astype(np.float32)
+    z_log_var = random.normal(size=[5, 4]).astype(np.float32)
+    kl = notebook.fetch("kl_loss(a, b).numpy()", a=z_mean, b=z_log_var)
+    posterior = scipy.stats.norm(z_mean, np.exp(z_log_var / 2))
+    z = posterior.rvs([100_000, 5, 4], random_state=random)
+    log_ratio = (posterior.logpdf(z) - scipy.stats.norm.logpdf(z)).sum(axis=2)
+    standard_error = log_ratio.std(axis=0) / np.sqrt(len(z))
+    assert np.all(np.abs(kl - log_ratio.mean(axis=0)) < 4 * standard_error)
+
+
+def test_reconstruction_loss_is_the_negative_log_density(notebook):
+    random = np.random.default_rng(0)
+    x, mean = random.uniform(size=[2, 6, 784]).astype(np.float32)
+    logits = scipy.special.logit(mean)
+    loss = notebook.fetch("reconstruction_loss(a, b).numpy()", a=x, b=logits)
+    expected = -scipy.stats.norm.logpdf(x, mean, notebook.fetch("decoder_std")).sum(axis=1)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+
+
+def test_classification_loss_is_the_cross_entropy(notebook):
+    logits = np.random.default_rng(0).normal(size=[6, 10]).astype(np.float32)
+    digits = np.arange(6)
+    loss = notebook.fetch("classification_loss(a, b).numpy()", a=digits, b=logits)
+    expected = scipy.special.logsumexp(logits, axis=1) - logits[digits, digits]
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_bernoulli_loss_is_the_cross_entropy_of_grey_values(notebook):
+    random = np.random.default_rng(0)
+    x = random.uniform(size=[6, 784]).astype(np.float32)
+    logits = random.normal(size=[6, 784]).astype(np.float32)
+    loss = notebook.fetch("bernoulli_loss(x, logits).numpy()", x=x, logits=logits)
+    p = scipy.special.expit(logits.astype(float))
+    expected = scipy.special.xlogy(x, p) + scipy.special.xlogy(1 - x, 1 - p)
+    np.testing.assert_allclose(loss, -expected.sum(axis=1), rtol=1e-5)
+    assert notebook.fetch("reconstruction_loss is gaussian_loss")
+    extreme = notebook.fetch("bernoulli_loss(tf.ones([1, 784]), -1000 * tf.ones([1, 784])).numpy()")
+    assert extreme == 784_000
+
+
+GRADIENTS = """
+def gradient_norms(loss):
+    with tf.GradientTape() as tape:
+        value = loss()
+    networks = (encoder, decoder, digit_classifier)
+    gradients = tape.gradient(value, [network.trainable_variables for network in networks])
+    return [sum(float(tf.norm(g)) for g in group if g is not None) for group in gradients]
+"""
+
+
+def test_whom_the_losses_train(notebook):
+    notebook.execute(GRADIENTS)
+    vae = "gradient_norms(lambda: tf.reduce_mean(sum(model_losses(x, d, tf.zeros([20, z_dim]), x)[:2])))"
+    batch = "tf.constant(test_images[:20]), test_digits[:20]"
+    notebook.execute(f"x, d = {batch}")
+    encoder, decoder, classifier = notebook.fetch(vae)
+    assert encoder > 0
+    assert decoder > 0
+    assert classifier == 0  # stop_gradient
+    assert notebook.fetch(vae, stop_gradient=False)[2] > 0
+    notebook.execute("stop_gradient = True")
+    encoder, decoder, classifier = notebook.fetch("gradient_norms(lambda: asked_digit_loss(tf.zeros([3, z_dim]), tf.range(3)))")
+    assert decoder > 0
+    assert encoder == classifier == 0
+
+
+STEP = """
+def step_taken(longest):
+    global optimizer, clip_norm
+    kept = optimizer, clip_norm, [weight.numpy() for weight in weights]
+    optimizer, clip_norm = keras.optimizers.SGD(1.0), longest
+    x, y = tf.constant(test_images[:batch_size]), tf.constant(test_digits[:batch_size])
+    asked = tf.zeros([asked_digit_batch, z_dim]), tf.zeros([asked_digit_batch], tf.int32)
+    train_step(x, y, tf.zeros([batch_size, z_dim]), tf.zeros([vae_helpers.WARP]), *asked)
+    optimizer, clip_norm, before = kept
+    after = [weight.numpy() for weight in weights]
+    for weight, value in zip(weights, before):
+        weight.assign(value)
+    return [b - a for b, a in zip(before, after)]
+"""
+
+
+def test_a_step_is_as_long_as_the_gradient_or_for_each_unit_the_clip_norm(notebook):
+    notebook.execute(STEP)
+    gradients, short, free = (notebook.fetch(f"step_taken({c})") for c in (None, 0.1, 1e6))
+    for gradient, step, unclipped in zip(gradients, short, free, strict=True):
+        np.testing.assert_allclose(unclipped, gradient, atol=1e-5)
+        lengths = np.linalg.norm(gradient, axis=0)
+        expected = gradient * np.minimum(1, 0.1 / np.maximum(lengths, 1e-12))
+        np.testing.assert_allclose(step, expected, atol=1e-6)
+        assert np.linalg.norm(step, axis=0).max() < 0.1001
+    assert max(np.linalg.norm(gradient, axis=0).max() for gradient in gradients) > 1
+
+
+def test_distortion_is_an_affine_map_of_the_plane():
+    def matrix_of(strength):  # by which images are multiplied
+        warp = np.array([0.5, -0.3, 0.7, -0.9, 0.4, -0.6], np.float32)
+        return np.asarray(vae_helpers.distort(np.eye(784, dtype=np.float32), strength, warp))
+
+    np.testing.assert_array_equal(matrix_of(0.0), np.eye(784))
+    np.testing.assert_allclose(matrix_of(1e-9), np.eye(784), atol=1e-6)
+    matrix = matrix_of(1.0)
+    y, x = np.divmod(np.arange(784), 28)
+    inside = np.isclose(matrix.sum(axis=0), 1, atol=1e-5)  # new pixels that come from the image
+    assert inside.mean() > 0.7
+    # Where a new pixel comes from is an affine function of where it is.
+    design = np.stack([x, y, np.ones(784)], axis=1)[inside]
+    for source in (x @ matrix, y @ matrix):
+        fit, *_ = np.linalg.lstsq(design, source[inside], rcond=None)
+        np.testing.assert_allclose(design @ fit, source[inside], atol=1e-3)
+    assert not np.allclose(matrix, np.eye(784), atol=0.1)
+
+
+# A linear decoder with Gaussian pixels, whose P(x) is known: x ~ N(offset, weights·weightsᵀ + σ²).
+LINEAR_GAUSSIAN = """
+def encoder(images):
+    return (images - offset) @ to_mean, tf.zeros([len(images), z_dim]) + log_var
+def logit_decoder(description):
+    z, digit_probs = description
+    image = tf.clip_by_value(z @ tf.transpose(loadings) + offset, 1e-6, 1 - 1e-6)
+    return tf.math.log(image / (1 - image))
+reconstruction_loss = gaussian_loss
+"""
+
+
+def test_bound_of_a_linear_gaussian_model_is_its_known_likelihood(small_npz):
+    random = np.random.default_rng(0)
+    z_dim, std = 3, 0.5
+    loadings = random.normal(size=[784, z_dim]) * 0.01
+    offset = np.full(784, 0.5)
+    x = random.normal(size=[6, z_dim]) @ loadings.T + offset + std * random.normal(size=[6, 784])
+    covariance = loadings @ loadings.T + std**2 * np.eye(784)
+    expected = scipy.stats.multivariate_normal(offset, covariance).logpdf(x)
+    precision = np.eye(z_dim) + loadings.T @ loadings / std**2
+    # The true posterior has this mean and a covariance that is nearly diagonal; Q is a wider one.
+    to_mean = loadings @ np.linalg.inv(precision) / std**2
+    names = {"offset": offset, "loadings": loadings, "to_mean": to_mean, "x": x}
+    names |= {"log_var": np.log(np.diag(np.linalg.inv(precision))) + 0.5}
+    names = {name: array.astype(np.float32) for name, array in names.items()}
+    linear = Notebook()
+    linear.run(last="loss", **{**SMALL, "data_path": str(small_npz), "z_dim": z_dim})
+    linear.run("bound", "bound")
+    linear.execute(LINEAR_GAUSSIAN)
+    linear.execute("compiled = tf.function(log_likelihood_bound)")
+    bounds = {
+        draws: linear.fetch(f"compiled(x, tf.eye(10)[:6], tf.constant({draws})).numpy()", **names)
+        for draws in (1, 10, 5000)
+    }
+    assert np.mean(bounds[1]) < np.mean(bounds[10]) < np.mean(bounds[5000])
+    np.testing.assert_allclose(bounds[5000], expected, atol=0.05)
+    assert np.abs(bounds[1] - expected).max() > 0.3
+
+
+def test_the_bounds_are_ordered_as_they_must_be(notebook):
+    given_true, given_each, log_p = notebook.fetch(
+        "log_p_given_true_digit, log_p_given_digit, log_p.numpy()"
+    )
+    expected = scipy.special.logsumexp(given_each, axis=0) - np.log(10)
+    np.testing.assert_allclose(log_p, expected, rtol=1e-5)
+    assert np.all(log_p >= given_true - np.log(10) - 1e-3)
+    one_draw = notebook.fetch("bounds(bound_digits, draws=1)")
+    assert one_draw.mean() < given_true.mean()
+    assert np.all(notebook.fetch("bounds(bound_digits, draws=500)") == given_true)
