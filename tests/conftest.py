@@ -38,7 +38,18 @@ SMALL = {
 TINY = {**SMALL, "epochs": 2, "hidden_layers": [32], "batch_size": 60}
 
 # The basics first, so that a broken one is known at once; real kernels and browsers last.
-ORDER = ("settings", "data", "figures", "losses", "results", "reruns", "kernels", "frontends")
+ORDER = (
+    "settings",
+    "figures",
+    "losses",
+    "data",
+    "handwriting",
+    "results",
+    "reruns",
+    "kernels",
+    "compare",
+    "frontends",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -193,12 +204,12 @@ def mnist():
 @pytest.fixture(scope="session")
 def small_arrays():
     """Return real digits in the layout of Keras' mnist.npz: four arrays by their names."""
-    digits = vae_helpers.load_small_digits(copies=2)
+    digits = vae_helpers.load_offline_digits(copies=1)
     return {
-        "x_train": digits.x_train.reshape(-1, 28, 28),
-        "y_train": digits.y_train.astype(np.uint8),
-        "x_test": digits.x_test.reshape(-1, 28, 28),
-        "y_test": digits.y_test.astype(np.uint8),
+        "x_train": digits.x_train[:3000].reshape(-1, 28, 28),
+        "y_train": digits.y_train[:3000].astype(np.uint8),
+        "x_test": digits.x_test[:300].reshape(-1, 28, 28),
+        "y_test": digits.y_test[:300].astype(np.uint8),
     }
 
 

@@ -1,7 +1,7 @@
-"""The notebook in a real JupyterLab in headless Chromium, used as a person would.
+"""The notebook in JupyterLab, Notebook 7 and as HTML, in headless Chromium, as a person sees it.
 
-Needs the `chromium` command (Debian's package of that name); without it, the test says so and
-is skipped.
+Needs the `chromium` command (Debian's package of that name); without it, the tests say so and
+are skipped.
 """
 
 import json
@@ -16,11 +16,14 @@ import time
 import urllib.request
 
 import pytest
-from conftest import NOTEBOOK, SMALL, notebook_with
+from conftest import CODE_CELLS, NOTEBOOK, SMALL, notebook_with, pictures
+from nbconvert import HTMLExporter
 from playwright.sync_api import expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium")
 OURS = re.compile(r"vae|ipywidgets|widget|Traceback", re.IGNORECASE)
+FIGURES = [cell.id for cell in NOTEBOOK.cells if cell.cell_type == "code" and pictures(cell)]
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine")
 
 
 @pytest.fixture
@@ -76,8 +79,21 @@ def picture(page, cell_id, nth=0):
     return pictures.nth(nth).get_attribute("src") if pictures.count() > nth else None
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine")
-def test_a_person_runs_the_notebook_in_jupyterlab(lab):
+def widget_picture(page):
+    """Return the source of the first picture beside the sliders."""
+    return cell(page, "play-show").locator(".jupyter-widgets img").first.get_attribute("src")
+
+
+def run_all(page):
+    """Run all cells once the notebook is there and its kernel ready."""
+    expect(page.locator(".jp-Notebook .jp-Cell")).to_have_count(len(NOTEBOOK.cells))
+    expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")).to_be_visible()
+    run_menu(page, "Run All Cells")
+
+
+@pytest.fixture
+def page():
+    """Yield a page of headless Chromium; errors of its scripts that are ours fail the test."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-quic"]
@@ -87,51 +103,85 @@ def test_a_person_runs_the_notebook_in_jupyterlab(lab):
         errors = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda said: said.type == "error" and errors.append(said.text))
-        page.goto(lab)
-        expect(page.locator(".jp-Notebook .jp-Cell")).to_have_count(len(NOTEBOOK.cells))
-        expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")).to_be_visible()
-        run_menu(page, "Run All Cells")
-
-        # The digit grid is seen to grow in its place.
-        seen = set()
-        last_prompt = cell(page, "results").locator(".jp-InputPrompt")
-        code_cells = [c.id for c in NOTEBOOK.cells if c.cell_type == "code"]
-        deadline = time.monotonic() + 300
-        while last_prompt.inner_text() != f"[{len(code_cells)}]:" and time.monotonic() < deadline:
-            seen.add(picture(page, "train"))
-            page.wait_for_timeout(100)
-        expect(last_prompt).to_have_text(f"[{len(code_cells)}]:")
-        assert len(seen - {None}) >= 3
-        expect(cell(page, "train").locator(".jp-OutputArea-output img")).to_have_count(1)
-        expect(page.locator("[data-mime-type='application/vnd.jupyter.error']")).to_have_count(0)
-
-        # A slider is moved, another digit chosen, a new style drawn: the pictures follow.
-        play = cell(page, "play")
-        play.scroll_into_view_if_needed()
-        expect(play.locator(".widget-slider").first).to_be_visible()
-        for act in (
-            lambda: play.locator(".noUi-handle").first.press("ArrowRight"),
-            lambda: play.get_by_role("button", name="8", exact=True).click(),
-            lambda: play.get_by_role("button", name="new style").click(),
-        ):
-            before = picture(page, "play")
-            act()
-            shown = play.locator(".jp-OutputArea-output img").first
-            expect(shown).not_to_have_attribute("src", before)
-
-        # A hyperparameter is changed and the cells below run again.
-        results = cell(page, "train").locator(".jp-OutputArea-output").last
-        expect(results).to_contain_text("epoch 12/12")
-        editor = cell(page, "parameters").locator(".cm-content")
-        editor.click()
-        page.keyboard.press("Control+End")
-        page.keyboard.type("\nepochs = 4")
-        run_menu(page, "Run Selected Cell and All Below")
-        expect(last_prompt).to_have_text("[*]:")
-        expect(last_prompt).to_have_text(f"[{2 * len(code_cells) - 1}]:", timeout=300_000)
-        expect(results).to_contain_text("epoch  4/4")
-        expect(results).not_to_contain_text("/12")
-        expect(page.locator("[data-mime-type='application/vnd.jupyter.error']")).to_have_count(0)
-        expect(page.locator(".Toastify__toast--error")).to_have_count(0)
-        assert not [error for error in errors if OURS.search(error)]
+        yield page
         browser.close()
+    assert not [error for error in errors if OURS.search(error)]
+
+
+def test_a_person_runs_the_notebook_in_jupyterlab(lab, page):
+    page.goto(lab)
+    run_all(page)
+
+    # The digit grid is seen to grow in its place.
+    seen = set()
+    last_prompt = cell(page, CODE_CELLS[-1]).locator(".jp-InputPrompt")
+    deadline = time.monotonic() + 300
+    while last_prompt.inner_text() != f"[{len(CODE_CELLS)}]:" and time.monotonic() < deadline:
+        seen.add(picture(page, "train"))
+        page.wait_for_timeout(100)
+    expect(last_prompt).to_have_text(f"[{len(CODE_CELLS)}]:")
+    assert len(seen - {None}) >= 3
+    expect(cell(page, "train").locator(".jp-OutputArea-output img")).to_have_count(1)
+    expect(page.locator("[data-mime-type='application/vnd.jupyter.error']")).to_have_count(0)
+
+    # A slider is moved, another digit chosen, a new style drawn: the pictures follow.
+    play = cell(page, "play-show")
+    play.scroll_into_view_if_needed()
+    expect(play.locator(".widget-slider").first).to_be_visible()
+    for act in (
+        lambda: play.locator(".noUi-handle").first.press("ArrowRight"),
+        lambda: play.get_by_role("button", name="8", exact=True).click(),
+        lambda: play.get_by_role("button", name="new style").click(),
+    ):
+        before = widget_picture(page)
+        act()
+        shown = play.locator(".jupyter-widgets img").first
+        expect(shown).not_to_have_attribute("src", before)
+
+    # A hyperparameter is changed and the cells below run again.
+    results = cell(page, "train").locator(".jp-OutputArea-output").last
+    expect(results).to_contain_text("epoch 12/12")
+    editor = cell(page, "parameters").locator(".cm-content")
+    editor.click()
+    page.keyboard.press("Control+End")
+    page.keyboard.type("\nepochs = 4")
+    run_menu(page, "Run Selected Cell and All Below")
+    expect(last_prompt).to_have_text("[*]:")
+    expect(last_prompt).to_have_text(f"[{2 * len(CODE_CELLS) - 1}]:", timeout=300_000)
+    expect(results).to_contain_text("epoch  4/4")
+    expect(results).not_to_contain_text("/12")
+    expect(page.locator("[data-mime-type='application/vnd.jupyter.error']")).to_have_count(0)
+    expect(page.locator(".Toastify__toast--error")).to_have_count(0)
+
+
+def test_notebook_7_shows_all_figures_and_the_sliders(lab, page):
+    page.goto(lab.replace("/lab/tree/", "/notebooks/"))
+    run_all(page)
+    last_prompt = cell(page, CODE_CELLS[-1]).locator(".jp-InputPrompt")
+    expect(last_prompt).to_have_text(f"[{len(CODE_CELLS)}]:", timeout=300_000)
+    expect(page.locator("[data-mime-type='application/vnd.jupyter.error']")).to_have_count(0)
+    for figure in FIGURES:
+        expect(cell(page, figure).locator(".jp-RenderedImage img")).to_have_count(1)
+    play = cell(page, "play-show")
+    play.scroll_into_view_if_needed()
+    expect(play.locator(".widget-slider").first).to_be_visible()
+    expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")).to_be_visible()
+    before = widget_picture(page)
+    play.get_by_role("button", name="new style").click()
+    expect(play.locator(".jupyter-widgets img").first).not_to_have_attribute("src", before)
+    before = widget_picture(page)
+    play.locator(".noUi-handle").first.press("ArrowRight")
+    expect(play.locator(".jupyter-widgets img").first).not_to_have_attribute("src", before)
+
+
+def test_html_shows_all_figures_in_place_of_sliders(page, tmp_path):
+    html, _ = HTMLExporter().from_notebook_node(NOTEBOOK)
+    (tmp_path / "vae2.html").write_text(html)
+    page.route(re.compile("^https?://"), lambda route: route.abort())  # MathJax: no network here
+    page.goto((tmp_path / "vae2.html").as_uri())
+    assert {"train", "play-show"} <= set(FIGURES)
+    for figure in FIGURES:
+        image = page.locator(f"[id='cell-id={figure}'] .jp-RenderedImage img")
+        expect(image).to_be_visible()
+        assert image.evaluate("image => image.naturalWidth") > 300
+    expect(page.locator("[data-mime-type='application/vnd.jupyter.stderr']")).to_have_count(0)

@@ -24,7 +24,7 @@ from conftest import (
 )
 from nbclient.exceptions import DeadKernelError
 from sklearn.neighbors import KNeighborsClassifier
-from test_reruns import assert_consistent, result
+from test_reruns import assert_consistent
 from test_results import KEEP, keep
 
 
@@ -52,7 +52,10 @@ def test_python_warnings_and_later_errors_are_shown(kernel):
 def shown(kernel, cell_ids=CODE_CELLS):
     """Return all that cells show, but for what is measured in seconds or named anew each time."""
     return [
-        (cell_id, output.get("text") or output.data.get("image/png") or output.data["text/markdown"])
+        (
+            cell_id,
+            output.get("text") or [output.data.get(m) for m in ("image/png", "text/markdown")],
+        )
         for cell_id in cell_ids
         if cell_id not in ("train", "measures")
         for output in kernel.cell(cell_id).outputs
@@ -93,10 +96,10 @@ def test_offline_default_ends_in_a_readable_grid(tmp_path):
     with Kernel(**offline) as kernel:
         kernel.run()
         assert "No MNIST" in printed(kernel.cell("data"))
-        assert kernel.fetch("data.name") == "scikit-learn digits"
+        assert kernel.fetch("data.name") == "5,000 MNIST images"
         assert kernel.fetch("history['test_accuracy'][-1]") > 0.97
         samples = np.asarray(kernel.fetch("samples"))
-        images, digits = kernel.fetch("data.x_train, data.y_train")
+        images, digits = kernel.fetch("(data.x_train[:9000], data.y_train[:9000])")
     judge = KNeighborsClassifier(3).fit(images / 255, digits)  # knows real images alone
     read = judge.predict(samples[-5:].reshape(-1, 784))
     assert np.mean(read == np.tile(np.arange(10), 5)) >= 0.98
@@ -118,9 +121,9 @@ def test_kept_networks_draw_the_same_in_a_new_kernel(kernel, tmp_path):
     history = json.loads((folder / "history.json").read_text())
     assert history == kernel.fetch("dict(history)")
     settings = json.loads((folder / "hyperparameters.json").read_text())
-    assert settings["hidden_layers"] == SMALL["hidden_layers"]
+    assert settings["hidden_layers"] == TINY["hidden_layers"]
     kernel.run("load", "load")
-    images = kernel.fetch("generate(z, np.eye(10))")
+    images = kernel.fetch("generate(kept_z, np.eye(10))")
     samples = kernel.fetch("samples")
     with Kernel() as new:
         new.execute(f"output_dir = {str(folder)!r}")
@@ -130,10 +133,10 @@ def test_kept_networks_draw_the_same_in_a_new_kernel(kernel, tmp_path):
         assert "image/png" in new.cell("load").outputs[-1].data
 
 
-def test_a_kernel_that_dies_leaves_no_part_of_a_file(small_npz, tmp_path):
+def test_a_kernel_that_dies_leaves_no_part_of_a_file(tiny, tmp_path):
     with Kernel() as kernel:
-        kernel.run(last="train", **SMALL, data_path=str(small_npz))
-        kernel.execute("os.replace = lambda *paths: os._exit(9)")
+        kernel.run(**tiny)
+        kernel.execute("import os\nos.replace = lambda *paths: os._exit(9)")
         with pytest.raises(DeadKernelError):
             keep(kernel, tmp_path)
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".unfinished-")]
@@ -152,9 +155,9 @@ def interrupt_after(kernel, epochs):
     return thread
 
 
-def test_interrupt_ends_training_at_an_epochs_end(tiny):
+def test_interrupt_ends_training_at_the_last_finished_epoch(tiny):
     with Kernel() as kernel:
-        kernel.run(last="epoch", **{**tiny, "epochs": 4000})
+        kernel.run(last="epoch", **{**tiny, "epochs": 40})
         thread = interrupt_after(kernel, 3)
         kernel.run("train", "train")
         thread.join()
@@ -167,6 +170,34 @@ def test_interrupt_ends_training_at_an_epochs_end(tiny):
         kernel.run("train", "train")
         assert [len(values) for values in kernel.fetch("list(history.values())")] == [2] * 8
         assert "Stopped" not in printed(kernel.cell("train"))
+
+
+def test_interrupt_ends_a_long_epoch_within_three_seconds(small_arrays, tmp_path):
+    rows = np.arange(60_000) % 3000
+    many = {**small_arrays, **{name: small_arrays[name][rows] for name in ("x_train", "y_train")}}
+    np.savez(tmp_path / "many.npz", **many)
+    long = {**SMALL, "hidden_layers": [2048, 2048], "data_path": str(tmp_path / "many.npz")}
+    with Kernel() as kernel:
+        kernel.run(last="epoch", **long)
+        asked = []
+
+        def wait_and_interrupt():
+            while "compiled in" not in printed(kernel.cell("train")):
+                time.sleep(0.05)
+            time.sleep(3)  # an epoch takes minutes
+            asked.append(time.monotonic())
+            asyncio.run(kernel.client.km.interrupt_kernel())
+
+        thread = threading.Thread(target=wait_and_interrupt, daemon=True)
+        thread.start()
+        kernel.run("train", "train")
+        assert time.monotonic() - asked[0] < 3
+        said = printed(kernel.cell("train"))
+        assert "Interrupted: back to the last finished epoch.\nStopped after 0 of 3" in said
+        # Some steps were taken, and they are undone.
+        assert kernel.fetch("int(optimizer.iterations)") > 0
+        same = "all(np.array_equal(v, w) for v, w in zip(*untrained_networks.__dict__.values()))"
+        assert kernel.fetch(same)
 
 
 def test_two_kernels_at_once_in_a_folder_with_an_odd_name(small_arrays, tmp_path):
@@ -187,19 +218,20 @@ def test_two_kernels_at_once_in_a_folder_with_an_odd_name(small_arrays, tmp_path
     for n in (1, 2):
         cells = nbformat.read(folder / f"run{n}.ipynb", as_version=4).cells
         (train,) = [cell for cell in cells if cell.id == "train"]
-        (picture,) = [o.data["image/png"] for o in train.outputs if "data" in o]
-        digests.append(hashlib.sha256(base64.b64decode(picture)).digest())
+        (picture,) = pictures(train)
+        digests.append(hashlib.sha256(picture).digest())
     assert digests[0] == digests[1]
     kept = sorted(path.name for path in (folder / "läuft hier").iterdir())
     networks = ["decoder.keras", "digit_classifier.keras", "encoder.keras"]
-    assert kept == [*networks, "history.json", "hyperparameters.json", "samples.npz"]
+    texts = ["history.json", "hyperparameters.json", "results.json"]
+    assert kept == [*networks, *texts, "samples.npz"]
 
 
-def test_no_home_directory(small_npz):
+def test_no_home_directory(tiny):
     nowhere = "/nonexistent"
     env = {"HOME": nowhere, "KERAS_HOME": f"{nowhere}/keras", "https_proxy": "http://127.0.0.1:9"}
     with Kernel(**env) as kernel:
         kernel.run(last="data", **TINY)
-        assert kernel.fetch("data.name") == "scikit-learn digits"
-        kernel.run(first="parameters", **TINY, data_path=str(small_npz))
+        assert kernel.fetch("data.name") == "5,000 MNIST images"
+        kernel.run(first="parameters", **tiny)
         assert len(kernel.fetch("samples")) == TINY["epochs"]

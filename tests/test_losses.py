@@ -62,7 +62,8 @@ def gradient_norms(loss):
 
 def test_whom_the_losses_train(notebook):
     notebook.execute(GRADIENTS)
-    vae = "gradient_norms(lambda: tf.reduce_mean(sum(model_losses(x, d, tf.zeros([20, z_dim]), x)[:2])))"
+    losses = "model_losses(x, d, tf.zeros([20, z_dim]), x)"
+    vae = f"gradient_norms(lambda: tf.reduce_mean(sum({losses}[:2])))"
     batch = "tf.constant(test_images[:20]), test_digits[:20]"
     notebook.execute(f"x, d = {batch}")
     encoder, decoder, classifier = notebook.fetch(vae)
@@ -71,7 +72,8 @@ def test_whom_the_losses_train(notebook):
     assert classifier == 0  # stop_gradient
     assert notebook.fetch(vae, stop_gradient=False)[2] > 0
     notebook.execute("stop_gradient = True")
-    encoder, decoder, classifier = notebook.fetch("gradient_norms(lambda: asked_digit_loss(tf.zeros([3, z_dim]), tf.range(3)))")
+    asked = "asked_digit_loss(tf.zeros([3, z_dim]), tf.range(3))"
+    encoder, decoder, classifier = notebook.fetch(f"gradient_norms(lambda: {asked})")
     assert decoder > 0
     assert encoder == classifier == 0
 
@@ -83,7 +85,7 @@ def step_taken(longest):
     optimizer, clip_norm = keras.optimizers.SGD(1.0), longest
     x, y = tf.constant(test_images[:batch_size]), tf.constant(test_digits[:batch_size])
     asked = tf.zeros([asked_digit_batch, z_dim]), tf.zeros([asked_digit_batch], tf.int32)
-    train_step(x, y, tf.zeros([batch_size, z_dim]), tf.zeros([vae_helpers.WARP]), *asked)
+    train_step(x, y, tf.zeros([batch_size, z_dim]), tf.zeros([distorted_groups, 6]), *asked)
     optimizer, clip_norm, before = kept
     after = [weight.numpy() for weight in weights]
     for weight, value in zip(weights, before):
@@ -106,8 +108,12 @@ def test_a_step_is_as_long_as_the_gradient_or_for_each_unit_the_clip_norm(notebo
 
 def test_distortion_is_an_affine_map_of_the_plane():
     def matrix_of(strength):  # by which images are multiplied
-        warp = np.array([0.5, -0.3, 0.7, -0.9, 0.4, -0.6], np.float32)
-        return np.asarray(vae_helpers.distort(np.eye(784, dtype=np.float32), strength, warp))
+        warps = np.array([[0.5, -0.3, 0.7, -0.9, 0.4, -0.6], [0, 0, 0, 0, 0, 0.5]], np.float32)
+        images = np.tile(np.eye(784, dtype=np.float32), [2, 1])
+        first, second = np.split(vae_helpers.distort(images, strength, warps), 2)
+        down = second.reshape(784, 28, 28)[:784:28]  # images whose one pixel is in column 0
+        np.testing.assert_allclose(down[5, 5 - int(strength), 0], 1)  # moved by a pixel, or not
+        return first
 
     np.testing.assert_array_equal(matrix_of(0.0), np.eye(784))
     np.testing.assert_allclose(matrix_of(1e-9), np.eye(784), atol=1e-6)
@@ -125,7 +131,8 @@ def test_distortion_is_an_affine_map_of_the_plane():
 
 # A linear decoder with Gaussian pixels, whose P(x) is known: x ~ N(offset, weights·weightsᵀ + σ²).
 LINEAR_GAUSSIAN = """
-def encoder(images):
+def encoder(inputs):
+    images, digit_probs = inputs
     return (images - offset) @ to_mean, tf.zeros([len(images), z_dim]) + log_var
 def logit_decoder(description):
     z, digit_probs = description

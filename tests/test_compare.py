@@ -1,0 +1,310 @@
+"""Comparing settings: real workers, real kernels, and what becomes of them when they are killed."""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import psutil
+import pytest
+from conftest import NOTEBOOK, ROOT, SMALL, Kernel, cell_source, printed
+
+import vae_helpers
+
+BIN = Path(sys.executable).parent
+NOTHING = vae_helpers.Digits(
+    np.zeros([20, 784], np.uint8),
+    np.zeros(20, np.int32),
+    np.zeros([10, 784], np.uint8),
+    np.zeros(10, np.int32),
+    "no digits",
+)
+# A notebook in which hyperparameters say what happens instead of training.
+STAND_IN = {
+    "parameters": "z_dim = 0",
+    "shows": "raise RuntimeError('this cell need not run')",
+    "train": """
+import json, os, pathlib, time
+import numpy as np
+pathlib.Path(os.environ["MARKS"], f"{seed}-{os.getpid()}-{os.getppid()}").touch()
+time.sleep(0 if seed == 0 else decoder_std)
+if z_dim == 13:
+    raise ValueError("z_dim brings bad luck")
+""",
+    "keep": """
+folder = pathlib.Path(output_dir)
+folder.mkdir()
+with np.load(data_path) as arrays:
+    images = len(arrays["x_train"])
+done = epochs - (learning_rate > 1)
+np.savez(folder / "samples.npz", samples=np.full([done, 10, 784], seed / 10, np.float32))
+results = {"vae_loss": 200.0 + seed, "accuracy": 0.9, "asked_digit_accuracy": 0.8, "seconds": 1.0}
+results |= {"images": images, "threads": os.environ["TF_NUM_INTRAOP_THREADS"]}
+(folder / "results.json").write_text(json.dumps(results))
+(folder / "decoder.keras").write_bytes(os.urandom(1_000_000))
+""",
+    "after": "raise RuntimeError('this cell comes after the last')",
+}
+# What a person's kernel does; it lives on afterwards, as that kernel would.
+DRIVER = """
+if __name__ == "__main__":  # which is not so in a worker
+    import json, sys, time
+    import numpy as np
+    import vae_helpers
+    names, compare = map(json.loads, sys.argv[1:3])
+    images, digits = np.zeros([20, 784], np.uint8), np.zeros(20, np.int32)
+    data = vae_helpers.Digits(images, digits, images, digits, "no digits")
+    runs = vae_helpers.run_settings(compare, names, data, "kept", notebook="stand-in.ipynb")
+    print("returned", len(runs), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def names():
+    """Return the notebook's hyperparameters, for one epoch."""
+    values = {}
+    exec(cell_source(NOTEBOOK, "parameters"), values)
+    return {name: values[name] for name in vae_helpers.Hyperparameters.model_fields} | {
+        "epochs": 1,
+        "likelihoods": ["gaussian", "bernoulli"],
+    }
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Work in an empty folder beside a stand-in notebook that marks each of its kernels."""
+    cells = [nbformat.v4.new_code_cell(source, id=name) for name, source in STAND_IN.items()]
+    cells[0].metadata.tags, cells[1].metadata.tags = ["parameters"], ["shows-only"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "stand-in.ipynb")
+    (tmp_path / "driver.py").write_text(DRIVER)
+    (tmp_path / "marks").mkdir()
+    monkeypatch.setenv("MARKS", str(tmp_path / "marks"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(compare, names, **options):
+    """Run the stand-in notebook with each combination and return the seeds of those kept."""
+    options = {"notebook": "stand-in.ipynb", **options}
+    runs = vae_helpers.run_settings(compare, names, NOTHING, "kept", **options)
+    return [settings["seed"] for settings, _, _ in runs]
+
+
+def marks(seed=""):
+    """Return the process numbers of each kernel that began with this seed, and of its worker."""
+    return [tuple(map(int, path.name.split("-"))) for path in Path("marks").glob(f"{seed}*-*-*")]
+
+
+def wait_for(condition, seconds=60):
+    """Return a condition's value as soon as it is true."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+    return value
+
+
+def is_over(pid):
+    """Tell whether a process has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    return True
+
+
+@contextlib.contextmanager
+def driver(names, compare):
+    """Run a comparison in a process of its own, whose group it leads, as a Jupyter kernel does."""
+    process = subprocess.Popen(
+        [sys.executable, "driver.py", json.dumps(names), json.dumps(compare)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.fixture
+def cluster(tmp_path_factory, here):
+    """Start a scheduler and two workers of one thread, each in an empty folder of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    worker = ["worker", address, "--nthreads=1", "--no-dashboard"]
+    processes = [
+        subprocess.Popen(
+            [BIN / "dask", *command],
+            cwd=tmp_path_factory.mktemp("w"),
+            env=env,
+            stderr=-3,
+            stdout=-3,
+        )
+        for command in (["scheduler", f"--host={address}", "--no-dashboard"], worker, worker)
+    ]
+    yield address, processes
+    for process in processes[::-1]:
+        process.terminate()
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        process.kill()
+
+
+def test_settings_are_refused_by_name_before_anything_runs(here, names):
+    for compare, words in [
+        ({"z_dim": [2, 10], "seed": [0, -1]}, "seed = -1: Input should be greater than or equal"),
+        ({"z_dims": [2]}, "z_dims: no hyperparameter to compare"),
+        ({"data_path": ["a", "b"]}, "data_path: no hyperparameter to compare"),
+        ([{"seed": [0]}, {"learning_rate": ["fast"]}], "learning_rate = 'fast': Input should be"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            run(compare, names)
+    with pytest.raises(TypeError, match="'z_dim' needs to be a list"):
+        run({"z_dim": 10}, names)
+    assert not Path("kept").exists()
+
+
+def test_a_killed_worker_a_killed_kernel_and_a_bad_setting(here, names, capfd):
+    compare = [{"seed": [1, 2]}, {"seed": [0], "z_dim": [13, 4]}]
+    with driver({**names, "decoder_std": 4.0}, compare) as process:
+        ((_, kernel, _),) = wait_for(lambda: marks(1))
+        os.kill(kernel, signal.SIGKILL)
+        ((_, orphan, worker),) = wait_for(lambda: marks(2))
+        os.kill(worker, signal.SIGKILL)
+        wait_for(lambda: is_over(orphan), 10)
+        said = "".join(iter(process.stdout.readline, "returned 3\n"))
+        assert "seed = 0, z_dim = 13 failed: ValueError: z_dim brings bad luck" in said
+        assert "3 of 4 runs" in said
+    assert len(marks(1)) == len(marks(2)) == 2
+    before = len(marks())
+    assert run(compare[0], {**names, "decoder_std": 4.0}) == [1, 2]
+    assert len(marks()) == before
+
+
+def test_a_killed_driver_goes_on_from_what_it_had(here, names):
+    names = {**names, "decoder_std": 4.0}
+    compare = {"seed": [0, 1, 2]}
+    with driver(names, compare) as process:
+        wait_for(lambda: list(Path("kept").glob("[!.]*/results.json")) and len(marks()) > 1)
+        process.kill()
+        wait_for(lambda: all(is_over(pid) for _, *pids in marks() for pid in pids), 10)
+    kept = {path: path.stat().st_mtime_ns for path in Path("kept").glob("[!.]*")}
+    assert len(kept) < 3
+    assert run(compare, names) == [0, 1, 2]
+    assert len(marks(0)) == 1
+    assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
+
+
+def test_an_interrupt_keeps_what_is_done_and_leaves_no_process(here, names):
+    with driver({**names, "decoder_std": 99.0}, {"seed": [0, 1, 2]}) as process:
+        wait_for(lambda: list(Path("kept").glob("[!.]*/results.json")) and len(marks()) > 2)
+        processes = psutil.Process(process.pid).children(recursive=True)
+        # Python's own resource tracker ends with the process that started a first child.
+        ours = [child for child in processes if "resource_tracker" not in str(child.cmdline())]
+        assert len(ours) >= 4  # workers and kernels
+        os.killpg(process.pid, signal.SIGINT)
+        wait_for(lambda: all(is_over(child.pid) for child in ours), 10)
+        assert process.poll() is None
+        said = process.stdout.readline() + process.stdout.readline()
+        assert "1 of 3" in said
+        assert not list(Path("kept").glob(".*"))
+
+
+def test_workers_by_hand_a_full_disk_and_a_lost_scheduler(here, names, cluster, capfd):
+    address, (scheduler, *_) = cluster
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))  # as on a full disk
+    try:
+        with pytest.raises(OSError, match="File too large: kept keeps what is done"):
+            run({"seed": [0, 1]}, names, scheduler=address)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(Path("kept").iterdir())  # nor any half of a run
+    assert run({"seed": [0]}, names, scheduler=address) == [0]
+    scheduler_is_killed = threading.Timer(
+        0, lambda: wait_for(lambda: marks(2)) and scheduler.kill()
+    )
+    scheduler_is_killed.start()
+    with pytest.raises(OSError, match="the scheduler is gone: kept keeps what is done"):
+        run({"seed": [0, 2]}, {**names, "decoder_std": 50.0}, scheduler=address)
+    assert len(list(Path("kept").iterdir())) == 1
+    wait_for(lambda: all(is_over(kernel) for _, kernel, _ in marks(2)), 10)
+    with pytest.raises(OSError, match="Timed out .* to connect"):
+        run({"seed": [0, 1]}, names, scheduler=address)
+
+
+def test_a_kernel_that_hangs_is_ended_and_divergence_is_reported(here, names, capsys):
+    compare = [{"seed": [1], "epochs": [2]}, {"seed": [0], "learning_rate": [5.0]}]
+    assert run(compare, {**names, "decoder_std": 50.0}, patience=-297) == []
+    said = capsys.readouterr().out
+    assert "epochs = 2, seed = 1 failed: it took too long" in said
+    assert "learning_rate = 5.0, seed = 0 failed: its loss did not stay finite" in said
+    assert "0 of 2 runs kept" in said
+    ((_, kernel, _),) = marks(1)
+    assert is_over(kernel)
+
+
+def test_workers_elsewhere_give_the_same_bits(here, names, cluster):
+    digits = vae_helpers.load_offline_digits(copies=1)
+    digits = digits._replace(x_train=digits.x_train[:600], y_train=digits.y_train[:600])
+    names = {**names, **SMALL, "epochs": 1}
+    (local, other), (remote,) = (
+        vae_helpers.run_settings(
+            {"seed": seeds}, names, digits, folder, scheduler, notebook=ROOT / "vae2.ipynb"
+        )
+        for seeds, folder, scheduler in [([7, 8], "local", None), ([7], "remote", cluster[0])]
+    )
+    assert local[0] == remote[0] == {**other[0], "seed": 7}
+    assert local[1]["data"] == digits.name
+    assert local[1]["data_digest"] == digits.digest
+    for results in (local[1], remote[1], other[1]):
+        assert results.pop("seconds") > 0
+    assert local[1] == remote[1] != other[1]
+    np.testing.assert_array_equal(local[2], remote[2])
+    (path,) = Path("remote").glob("[!.]*")
+    assert (Path("local") / path.name).exists()
+    kept = vae_helpers.load_run(path)  # whole, as a folder of `output_dir`
+    assert kept.hyperparameters == remote[0]
+    np.testing.assert_array_equal(kept.samples, remote[2])
+
+
+def test_the_cells_show_a_figure_and_a_table(here, names):
+    Path("stand-in.ipynb").rename("vae2.ipynb")
+    with Kernel(here) as kernel:
+        kernel.execute(
+            "import vae_helpers\nfrom IPython.display import display\n"
+            "from matplotlib_inline.backend_inline import set_matplotlib_formats\n"
+            "set_matplotlib_formats('retina')"
+        )
+        kernel.fetch("globals().update(names)", names=names)
+        kernel.fetch("globals().update(data=vae_helpers.Digits(*digits))", digits=tuple(NOTHING))
+        kernel.run("compare")
+        assert printed(kernel.cell("compared")).count("\n") == 2
+        kernel.run("compare", "compare")
+        kernel.execute("compare = {'z_dim': [3, 4], 'seed': [0, 2]}")
+        kernel.run("compared")
+        said, figure, table = kernel.cell("compared").outputs
+        shown = kernel.fetch("table.to_dict()")
+    assert said.text.endswith("4 of 4 runs kept, beside 0 of other settings, data or code\n")
+    assert "image/png" in figure.data
+    assert "<table" in table.data["text/html"]
+    for z_dim in "34":
+        vae_losses = [shown["vae_loss", measure][z_dim] for measure in ("mean", "min", "max")]
+        assert vae_losses == [201, 200, 202]
+        assert shown["accuracy", "mean"][z_dim] == 0.9
