@@ -650,7 +650,7 @@ def plot_digit_grid(images, *, row_labels=None, column_labels=range(DIGITS), tit
     ax.imshow(_tile(images), interpolation="nearest", **INK)
     ax.set_xticks(np.arange(columns) * SIDE + SIDE / 2 - 0.5, list(column_labels))
     ax.set_yticks(np.arange(rows) * SIDE + SIDE / 2 - 0.5, row_labels or [""] * rows)
-    ax.tick_params(length=0)
+    ax.tick_params(length=0, labelsize="small")
     ax.spines[:].set_visible(False)
     ax.set_title(title, fontsize="medium")
     return ax.figure
@@ -715,7 +715,7 @@ def plot_styles(z_mean, digits, *, title=None):
     pca = PCA(2, random_state=0)
     x, y = pca.fit_transform(z_mean).T
     shares = pca.explained_variance_ratio_
-    figure = Figure(figsize=(6, 5.2), layout="constrained")
+    figure = Figure(figsize=(5.2, 4.6), layout="constrained")
     ax = figure.subplots()
     for digit in range(10):
         shown = np.asarray(digits) == digit
@@ -739,13 +739,13 @@ def plot_confusions(pairs, *, title=None):
     Returns:
         The matplotlib Figure.
     """
-    figure = Figure(figsize=(4.4 * len(pairs), 4.7), layout="constrained")
+    figure = Figure(figsize=(3.9 * len(pairs), 4.2), layout="constrained")
     axes = figure.subplots(1, len(pairs), squeeze=False)[0]
     for ax, (name, (row_name, rows, column_name, columns)) in zip(axes, pairs.items(), strict=True):
         counts = confusion_matrix(rows, columns, labels=range(DIGITS))
         percent = 100 * counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
         display = ConfusionMatrixDisplay(percent)
-        display.plot(ax=ax, cmap="Blues", colorbar=False, values_format=".1f", text_kw={"size": 7})
+        display.plot(ax=ax, cmap="Blues", colorbar=False, values_format=".1f", text_kw={"size": 6})
         for text, value in zip(display.text_.ravel(), percent.ravel(), strict=True):
             text.set_visible(value > 0)
         ax.set(xlabel=f"digit {column_name}", ylabel=f"digit {row_name}")
@@ -816,17 +816,17 @@ def _find_ink(photograph):
     small = Image.fromarray(photograph)
     small.thumbnail((32, 32), Image.Resampling.BOX)
     small = np.asarray(small)
-    paper = Image.fromarray(ndimage.median_filter(small, 17))
-    paper = np.asarray(paper.resize(photograph.shape[::-1], Image.Resampling.BILINEAR))
-    # Strokes stand out against their surroundings; the two sides of a shadow's edge do so alike.
-    if np.sum((small - ndimage.gaussian_filter(small, 5)) ** 3) > 0:  # light ink
-        photograph, paper = 1 - photograph, 1 - paper
-    # As shares of the paper's light, strokes in the shade are as dark as others.
-    darkness = ndimage.gaussian_filter(1 - photograph / np.maximum(paper, 0.05), 1)
-    if not darkness.max() >= 0.1:  # or not a number
+    paper = ndimage.median_filter(small, 19)
+    # Ink stands out more than the edges of shadows do, in cubes of orders of magnitude.
+    sign = np.sign(np.sum(np.log((small + 0.05) / (paper + 0.05)) ** 3))  # −1: dark ink
+    paper = Image.fromarray(paper).resize(photograph.shape[::-1], Image.Resampling.BILINEAR)
+    # As shares of the paper's light, strokes in the shade stand out like others.
+    contrast = sign * (photograph - paper) / np.maximum(paper, 0.05)
+    contrast = ndimage.gaussian_filter(contrast, 1)
+    if not contrast.max() >= 0.1:  # or not a number
         raise ValueError("nothing is written on it, all of it is nearly one grey")
-    ink = darkness > darkness.max() / 2
-    strokes, count = ndimage.label(darkness > darkness.max() / 4, np.ones([3, 3]))
+    ink = contrast > contrast.max() / 2
+    strokes, count = ndimage.label(contrast > contrast.max() / 4, np.ones([3, 3]))
     sizes = np.bincount(strokes[ink], minlength=count + 1)
     inner = sizes.copy()
     for edge in (strokes[0], strokes[-1], strokes[:, 0], strokes[:, -1]):
@@ -851,7 +851,7 @@ def _frame(ink):
 
 
 def as_photograph(image):
-    """Return a PNG file that shows an image [784] in [0, 1] as a photograph would."""
+    """Return a PNG file that shows an image [784] as a photograph would: enlarged and inverted."""
     grey = Image.fromarray(np.uint8(255 * (1 - image.reshape(SIDE, SIDE))))
     file = io.BytesIO()
     grey.resize((280, 280)).save(file, "PNG")
@@ -893,7 +893,7 @@ def plot_handwriting(photograph, image, all_digits, *, title=None):
 def digits_png(images):
     """Return images [rows, columns, 784] in [0, 1], side by side, as the bytes of a PNG file."""
     file = io.BytesIO()
-    imsave(file, _tile(images), format="png", **INK)
+    imsave(file, _tile(images), format="png", cmap="gray_r", vmin=0, vmax=1)
     return file.getvalue()
 
 
@@ -1079,14 +1079,17 @@ def _run_missing(runs, code, data, folder, scheduler, patience):
                 if not isinstance(files, dict):
                     print(f"\r{runs[path][0]} failed: {files!s:70}")
                     continue
+                results = json.loads(files["results.json"]) | {"data": data.name}
+                files["results.json"] = json.dumps(results).encode()
                 (scratch / path.name).mkdir()
                 for name, content in files.items():
                     (scratch / path.name / name).write_bytes(content)
                 (scratch / path.name).rename(path)
                 done += 1
             running = [label for label, _ in map(runs.get, waiting.values()) if label in began]
-            left = (time.monotonic() - start) * len(waiting) / (done or np.nan) / 60
-            line = f"{done} of {len(runs)} done, about {left:.0f} min left; running: {running}"
+            minutes = (time.monotonic() - start) * len(waiting) / max(1, done) / 60
+            left = f", about {minutes:.0f} min left" if done else ""
+            line = f"{done} of {len(runs)} done{left}; running: {running}"
             print(f"\r{line[:99]:99}", end="", flush=True)
         print()
 

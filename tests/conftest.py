@@ -34,6 +34,7 @@ SMALL = {
     "hidden_layers": [64],
     "z_dim": 4,
     "asked_digit_batch": 20,
+    "learning_rate": 0.01,
 }
 TINY = {**SMALL, "epochs": 2, "hidden_layers": [32], "batch_size": 60}
 
@@ -132,6 +133,9 @@ class Notebook(Runner):
                 cell.outputs.pop()
             cell.outputs.append(nbformat.v4.new_output("display_data", output.data))
         result.raise_error()
+        if result.result is not None:
+            data, _ = shell.display_formatter.format(result.result)
+            cell.outputs.append(nbformat.v4.new_output("execute_result", data))
         return cell
 
     def fetch(self, expression, **names):

@@ -14,6 +14,7 @@ from conftest import Kernel, vae_helpers
 
 ARTICLE = {
     "batch_size": 100,
+    "classification_weight": 10.0,
     "hidden_layers": [128],
     "activation": "sigmoid",
     "optimizer_name": "adam",

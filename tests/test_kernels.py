@@ -22,7 +22,7 @@ from conftest import (
     pictures,
     printed,
 )
-from nbclient.exceptions import DeadKernelError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from sklearn.neighbors import KNeighborsClassifier
 from test_reruns import assert_consistent
 from test_results import KEEP, keep
@@ -225,6 +225,14 @@ def test_two_kernels_at_once_in_a_folder_with_an_odd_name(small_arrays, tmp_path
     networks = ["decoder.keras", "digit_classifier.keras", "encoder.keras"]
     texts = ["history.json", "hyperparameters.json", "results.json"]
     assert kept == [*networks, *texts, "samples.npz"]
+
+
+def test_a_missing_helper_is_said_in_one_sentence(tmp_path):
+    with Kernel(tmp_path) as kernel, pytest.raises(CellExecutionError) as error:
+        kernel.run(last="setup")
+    assert "put vae_helpers.py, from this notebook's repository, into its folder" in str(
+        error.value
+    )
 
 
 def test_no_home_directory(tiny):

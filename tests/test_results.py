@@ -9,7 +9,7 @@ import matplotlib.image
 import nbformat
 import numpy as np
 import pytest
-from conftest import NOTEBOOK, ROOT, SMALL, pictures, printed
+from conftest import NOTEBOOK, ROOT, SMALL, Notebook, pictures, printed
 
 import vae_helpers
 
@@ -76,18 +76,27 @@ def test_large_inputs_are_taken_in_parts(notebook, small_arrays):
 
 
 def test_traversal_varies_one_dimension_a_row(notebook):
-    images = notebook.fetch("traverse(3, [-2.5, 0, 2.5])")
     z_dim = SMALL["z_dim"]
-    assert images.shape == (z_dim, 3, 784)
-    for dimension in range(z_dim):
+    dimension_kl, order = map(np.asarray, notebook.fetch("(dimension_kl, dimensions)"))
+    images = notebook.fetch("traversed_images").reshape(z_dim, 11, 784)
+    for row, dimension in zip(images, order, strict=True):
         z = np.zeros([3, z_dim])
         z[:, dimension] = [-2.5, 0, 2.5]
         expected = notebook.fetch("generate(z, np.eye(10)[[3, 3, 3]])", z=z)
-        np.testing.assert_allclose(images[dimension], expected, atol=1e-5)
-    dimension_kl, order = map(np.asarray, notebook.fetch("(dimension_kl, dimensions)"))
+        np.testing.assert_allclose(row[[0, 5, 10]], expected, atol=1e-5)
     assert np.all(np.diff(dimension_kl[order]) <= 0)
     total = notebook.fetch("evaluate(test_images, test_digits)['kl_loss']")
     assert dimension_kl.sum() == pytest.approx(total, rel=1e-4)
+
+
+def test_two_dimensions_of_z_are_shown_as_their_plane(tiny):
+    flat = Notebook().run(**{**tiny, "z_dim": 2})
+    images = flat.fetch("traversed_images").reshape(11, 11, 784)
+    corners = np.array([[-2.5, 2.5], [2.5, 2.5], [-2.5, -2.5], [0, 0]])  # z[1] grows upwards
+    expected = flat.fetch("generate(z, np.eye(10)[[3] * 4])", z=corners)
+    np.testing.assert_allclose(images[[0, 0, 10, 5], [0, 10, 0, 5]], expected, atol=1e-5)
+    (picture,) = pictures(flat.cell("traversals-show"))
+    assert picture
 
 
 def test_the_probe_finds_what_there_is_to_find(notebook):

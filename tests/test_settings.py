@@ -171,3 +171,11 @@ def test_hyperparameters_are_flat_literals_with_comments():
         ast.literal_eval(statement.value)
     lines = [line for line in cell.source.splitlines() if line and line[0] != "#"]
     assert all("  # " in line for line in lines)
+
+
+def test_no_private_interface_of_another_package_is_used():
+    # One of ipywidgets 8, which the ipywidgets 7 of Google Colab lacks, stopped Run All there.
+    sources = [(ROOT / "vae_helpers.py").read_text()]
+    sources += [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code"]
+    private = set(re.findall(r"\b(?!self\b)\w+\.(_[a-z]\w*)", "\n".join(sources)))
+    assert private <= {"_asdict", "_replace", "_fields"}  # public ones of named tuples
