@@ -3,7 +3,7 @@
 The environment variable MNIST_PATH names the real mnist.npz; without it, random images of the same
 shape take its place. Networks, losses and training step are the notebook's own: its cells are run
 here. Each contender lives in a process of its own, so that its peak memory is its own too, and
-they take turns, one epoch each. PyTorch takes part where torch is installed.
+they take turns, one epoch each. PyTorch and JAX take part where torch and jax are installed.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ def notebook_epoch(parameters):
     """Return a function that trains an epoch as the notebook does."""
     names = run_notebook("epoch", parameters)
     random, training = np.random.default_rng(0), vae_helpers.Training(names.networks, 1)
+    training.__enter__()
     return lambda: names.train_epoch(random, training.parts(names.steps_per_epoch))
 
 
@@ -295,6 +296,8 @@ CONTENDERS = {
     "PyTorch, eager": (pytorch, {}),
     "the article's loop on the article's network": (article_loop, {}),
 }
+# Without asked digits, distortion and the encoder's view of the digit, beside the same in JAX.
+CORE = {"asked_digit_weight": 0.0, "distortion": 0.0, "encoder_sees_digit": False}
 
 
 def matmul_rate(size=2048):
@@ -411,6 +414,21 @@ def compare(parameters):
     return {name: seconds for name, (seconds, _) in medians.items()}
 
 
+def compare_with_jax(parameters):
+    """Print how long an epoch of the core model takes here and in JAX, where it is installed."""
+    if not importlib.util.find_spec("jax"):
+        return
+    parameters = {**parameters, **CORE}
+    builds = {"here": (notebook_epoch, {}, parameters), "JAX": (jax_epoch, {}, parameters)}
+    here, jax = ([seconds for seconds, *_ in rounds] for rounds in in_turns(builds).values())
+    ratios = np.divide(jax, here)
+    print(
+        f"\nWithout asked digits, distortion and the encoder's view of the digit, an epoch takes "
+        f"{np.median(here):.2f} s here and {np.median(jax):.2f} s in JAX, whose time is "
+        f"{np.median(ratios):.2f} of ours ({min(ratios):.2f} to {max(ratios):.2f})."
+    )
+
+
 def floor_epoch(parameters):
     """Return a function that says how long an epoch's matrix products take at the best rate."""
     work = matmul_work(parameters)
@@ -490,6 +508,7 @@ def main():
         parameters = {"data_path": images_path(60_000)}
         print(f"{'MNIST' if real else 'Random images'}, {os.cpu_count()} cores, {ROUNDS} rounds")
         seconds = compare(parameters)
+        compare_with_jax(parameters)
         if real:
             article_seconds = seconds["the article's loop on the article's network"]
             time_to_article_quality(parameters["data_path"], article_seconds)

@@ -20,6 +20,8 @@ sys.path.insert(0, str(ROOT))
 # Tests compile the same programs again and again: TensorFlow keeps them for as long as they last.
 PROGRAMS = tempfile.TemporaryDirectory()
 os.environ["TF_XLA_FLAGS"] = f"--tf_xla_persistent_cache_directory={PROGRAMS.name}"
+# Two processes of tests, each with a thread a core, would wait for each other.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import vae_helpers  # noqa: E402
 

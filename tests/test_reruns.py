@@ -18,7 +18,7 @@ OTHER = {
     "decoder_std": 0.3,
     "classification_weight": 3.0,
     "optimizer_name": "adam",
-    "learning_rate": 0.01,
+    "learning_rate": 0.02,
     "momentum": 0.5,
     "cosine_decay": False,
     "clip_norm": 2.0,
