@@ -70,6 +70,8 @@ def cell_source(notebook, cell_id):
 def notebook_with(folder, **parameters):
     """Write the notebook with these parameters and its helper into a folder; return its path."""
     notebook = nbformat.from_dict(NOTEBOOK)
+    for cell in notebook.cells:
+        cell.update({"outputs": [], "execution_count": None} if cell.cell_type == "code" else {})
     (cell,) = [cell for cell in notebook.cells if cell.id == "parameters"]
     lines = [f"{name} = {value!r}" for name, value in parameters.items()]
     cell.source = "\n".join([cell_source(NOTEBOOK, "parameters"), *lines])

@@ -4,6 +4,7 @@ Needs the `chromium` command (Debian's package of that name); without it, the te
 are skipped.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -88,7 +89,13 @@ def run_all(page):
     """Run all cells once the notebook is there and its kernel ready."""
     expect(page.locator(".jp-Notebook .jp-Cell")).to_have_count(len(NOTEBOOK.cells))
     expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")).to_be_visible()
-    run_menu(page, "Run All Cells")
+    first_prompt = cell(page, CODE_CELLS[0]).locator(".jp-InputPrompt")
+    for _ in range(5):  # a front end that has only just started may not heed its menu yet
+        run_menu(page, "Run All Cells")
+        with contextlib.suppress(AssertionError):
+            expect(first_prompt).not_to_have_text("[ ]:", timeout=10_000)
+            return
+    raise AssertionError("no cell is run")
 
 
 @pytest.fixture
