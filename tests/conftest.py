@@ -4,7 +4,6 @@ import base64
 import os
 import pickle
 import sys
-import tempfile
 import types
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-# Tests compile the same programs again and again: TensorFlow keeps them for as long as they last.
-PROGRAMS = tempfile.TemporaryDirectory()
-os.environ["TF_XLA_FLAGS"] = f"--tf_xla_persistent_cache_directory={PROGRAMS.name}"
+# Most of the time would go into optimizing programs that then run for a blink. The tests of whole
+# runs and of front ends take back these flags: there, XLA compiles as it does for a user.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 # Two processes of tests, each with a thread a core, would wait for each other.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
@@ -51,6 +50,7 @@ ORDER = (
     "reruns",
     "kernels",
     "compare",
+    "whole_runs",
     "frontends",
 )
 
@@ -114,11 +114,16 @@ class Runner:
 
 
 class Notebook(Runner):
-    """The notebook in this process, which has TensorFlow already, in a namespace of its own."""
+    """The notebook in this process, which has TensorFlow already, in a namespace of its own.
 
-    def __init__(self):
+    Args:
+        pictures: whether the figures that cells show are made into pictures.
+    """
+
+    def __init__(self, *, pictures=True):
         super().__init__()
         self.module = types.ModuleType("__main__")
+        self._pictures = pictures
 
     def execute_cell(self, cell, _):
         """Run a cell, keep its outputs and return it."""
@@ -126,6 +131,7 @@ class Notebook(Runner):
         if shell.user_module is not self.module:
             shell.user_module, shell.user_ns = self.module, vars(self.module)
             shell.init_user_ns()
+        shell.display_formatter.formatters["image/png"].enabled = self._pictures
         with capture_output() as captured:
             result = shell.run_cell(cell.source)
         cell.outputs = []
@@ -170,7 +176,6 @@ class Kernel(Runner):
     def __enter__(self):
         env = {**os.environ, **self._env}
         env.pop("PYTEST_CURRENT_TEST", None)  # with it, ipykernel would not show what C++ writes
-        env.pop("TF_XLA_FLAGS")  # with it, C++ has something to write
         self._setup = self.client.setup_kernel(env=env)
         self._setup.__enter__()
         return self

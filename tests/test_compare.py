@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import dask
 import nbformat
 import numpy as np
 import psutil
@@ -158,12 +159,9 @@ def cluster(tmp_path_factory, here):
         for command in (["scheduler", f"--host={address}", "--no-dashboard"], worker, worker)
     ]
     yield address, processes
-    for process in processes[::-1]:
-        process.terminate()
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
+    for process in processes:  # the workers' own processes end with them
         process.kill()
+        process.wait()
 
 
 def test_settings_are_refused_by_name_before_anything_runs(here, names):
@@ -227,7 +225,7 @@ def test_an_interrupt_keeps_what_is_done_and_leaves_no_process(here, names):
         assert not list(Path("kept").glob(".*"))
 
 
-def test_workers_by_hand_a_full_disk_and_a_lost_scheduler(here, names, cluster, capfd):
+def test_workers_by_hand_a_full_disk_and_a_lost_scheduler(here, names, cluster, monkeypatch, capfd):
     address, (scheduler, *_) = cluster
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))  # as on a full disk
@@ -246,6 +244,7 @@ def test_workers_by_hand_a_full_disk_and_a_lost_scheduler(here, names, cluster, 
         run({"seed": [0, 2]}, {**names, "decoder_std": 50.0}, scheduler=address)
     assert len(list(Path("kept").iterdir())) == 1
     wait_for(lambda: all(is_over(kernel) for _, kernel, _ in marks(2)), 10)
+    monkeypatch.setitem(dask.config.config["distributed"]["comm"]["timeouts"], "connect", "2s")
     with pytest.raises(OSError, match="Timed out .* to connect"):
         run({"seed": [0, 1]}, names, scheduler=address)
 

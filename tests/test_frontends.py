@@ -40,7 +40,7 @@ def lab(small_npz, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     token = secrets.token_hex()
-    env = {**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / ".settings")}
+    env = {**os.environ, "XLA_FLAGS": "", "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / ".settings")}
     env |= {"JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / ".workspaces")}
     env.pop("PYTEST_CURRENT_TEST")
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
