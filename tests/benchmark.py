@@ -43,7 +43,7 @@ def draws(names, random, batch_size):
     """Return all that is random in a step of the notebook but its minibatch, as NumPy arrays."""
     return (
         random.standard_normal([batch_size, names.z_dim], np.float32),
-        random.uniform(-1, 1, [names.distorted_groups, 6]).astype(np.float32),
+        random.uniform(-1, 1, [names.distorted_groups, *vae_helpers.WARP]).astype(np.float32),
         random.standard_normal([names.asked_digit_batch, names.z_dim], np.float32),
         random.integers(0, 10, names.asked_digit_batch, np.int32),
     )
@@ -58,7 +58,7 @@ def keras_fit(parameters, whole_epochs=False):
         def train_step(self, data):
             random = [
                 tf.random.normal([names.batch_size, names.z_dim]),
-                tf.random.uniform([names.distorted_groups, 6], -1, 1),
+                tf.random.uniform([names.distorted_groups, *vae_helpers.WARP], -1, 1),
                 tf.random.normal([names.asked_digit_batch, names.z_dim]),
                 tf.random.uniform([names.asked_digit_batch], 0, 10, tf.int32),
             ]
@@ -202,31 +202,33 @@ def pytorch(parameters):
             return self.output(x)
 
     z_dim, widths = names.z_dim, names.hidden_layers
-    encoder = HiddenPart(784, widths, 2 * z_dim)
+    encoder = HiddenPart(784 + 10 * names.encoder_sees_digit, widths, 2 * z_dim)
     classifier = HiddenPart(784, widths, 10)
     decoder = HiddenPart(z_dim + 10, widths[::-1], 784, names.decoder_skips)
     weights = [w for net in (encoder, classifier, decoder) for w in net.parameters()]
     optimizer = torch.optim.SGD(weights, names.learning_rate, names.momentum, nesterov=True)
     images = torch.tensor(names.data.x_train.astype(np.float32) / 255)
     digits = torch.tensor(names.data.y_train.astype(np.int64))
-    limits = names.distortion * torch.tensor([0.2, 0.2, 0.12, 0.12, 2.0, 2.0])
-    position = torch.arange(28) - 13.5
+    position, half_periods = torch.arange(28.0), torch.arange(float(vae_helpers.WARP[-1]))
+    waves = torch.cos(math.pi * half_periods[:, None] * (position + 0.5) / 28)
+    amplitudes = names.distortion / (1 + torch.hypot(half_periods[:, None], half_periods))
 
     def distort(x):
-        turn, shear, wider, taller, right, down = (limits * (2 * torch.rand(6) - 1)).unbind()
-        new_x, new_y = position[None, :], position[:, None]
-        source_x = (1 + wider) * new_x + (shear - turn) * new_y + right
-        source_y = (1 + taller) * new_y + turn * new_x + down
-        row_weights = functional.relu(1 - abs(source_x[:, None] - position[:, None]))
-        column_weights = functional.relu(1 - abs(source_y - position[:, None, None]))
-        moved = torch.einsum("nyu,yux->nyx", x.view(-1, 28, 28), row_weights)
-        return torch.einsum("nvx,vyx->nyx", moved, column_weights).reshape(-1, 784)
+        groups = math.gcd(len(x), 30)
+        warps = amplitudes * (2 * torch.rand([groups, *vae_helpers.WARP]) - 1)
+        moves = torch.einsum("gaij,iy,jx->agyx", warps, waves, waves)
+        source_x, source_y = moves[0] + position, moves[1] + position[:, None]
+        row_weights = functional.relu(1 - abs(source_x[:, :, None] - position[:, None]))
+        column_weights = functional.relu(1 - abs(source_y[:, None] - position[:, None, None]))
+        moved = torch.einsum("gnyu,gyux->gnyx", x.view(groups, -1, 28, 28), row_weights)
+        return torch.einsum("gnvx,gvyx->gnyx", moved, column_weights).reshape(-1, 784)
 
     def step(x, y):
-        z_mean, z_log_var = encoder(x).chunk(2, dim=1)
-        z = z_mean + torch.exp(z_log_var / 2) * torch.randn_like(z_mean)
         logits = classifier(distort(x) if names.distortion else x)
         digit_probs = torch.softmax(logits, dim=1).detach()
+        seen = torch.cat([x, digit_probs], dim=1) if names.encoder_sees_digit else x
+        z_mean, z_log_var = encoder(seen).chunk(2, dim=1)
+        z = z_mean + torch.exp(z_log_var / 2) * torch.randn_like(z_mean)
         reconstructions = torch.sigmoid(decoder(torch.cat([z, digit_probs], dim=1)))
         reconstruction = ((x - reconstructions) / names.decoder_std).square().sum(dim=1).mean() / 2
         kl = (z_mean.square() + z_log_var.exp() - z_log_var - 1).sum(dim=1).mean() / 2

@@ -16,12 +16,6 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-# Most of the time would go into optimizing programs that then run for a blink. The tests of whole
-# runs and of front ends take back these flags: there, XLA compiles as it does for a user.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-# Two processes of tests, each with a thread a core, would wait for each other.
-os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
-
 import vae_helpers  # noqa: E402
 
 NOTEBOOK = nbformat.read(ROOT / "vae2.ipynb", as_version=4)
@@ -53,6 +47,14 @@ ORDER = (
     "whole_runs",
     "frontends",
 )
+
+
+def pytest_configure():
+    """Let tests compile quickly, and two processes of them share two cores."""
+    # Most of the time would go into optimizing programs that then run for a blink. The tests of
+    # whole runs and of front ends take this back: there, XLA compiles as it does for a user.
+    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    os.environ.update(XLA_FLAGS=quick, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
 
 def pytest_collection_modifyitems(items):

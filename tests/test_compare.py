@@ -49,7 +49,8 @@ with np.load(data_path) as arrays:
 done = epochs - (learning_rate > 1)
 np.savez(folder / "samples.npz", samples=np.full([done, 10, 784], seed / 10, np.float32))
 results = {"vae_loss": 200.0 + seed, "accuracy": 0.9, "asked_digit_accuracy": 0.8, "seconds": 1.0}
-results |= {"images": images, "threads": os.environ["TF_NUM_INTRAOP_THREADS"]}
+threads = [os.environ[name] for name in ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")]
+results |= {"images": images, "threads": threads, "versions": {"stand-in": int(z_dim == 4)}}
 (folder / "results.json").write_text(json.dumps(results))
 (folder / "decoder.keras").write_bytes(os.urandom(1_000_000))
 """,
@@ -302,6 +303,7 @@ def test_the_cells_show_a_figure_and_a_table(here, names):
         said = printed(kernel.cell("compared"))
         figure, table = [o for o in kernel.cell("compared").outputs if "data" in o]
         shown = kernel.fetch("table.to_dict()")
+    assert "not all with the same versions:\n{'stand-in': 0}\n{'stand-in': 1}\n" in said
     assert said.endswith("4 of 4 runs kept, beside 0 of other settings, data or code\n")
     assert "image/png" in figure.data
     assert "<table" in table.data["text/html"]

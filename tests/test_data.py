@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.server
 import os
+import re
 import resource
 import socket
 import threading
@@ -14,7 +15,9 @@ import zipfile
 import keras
 import numpy as np
 import pytest
+from conftest import ROOT
 from keras.src.datasets import mnist as keras_mnist
+from PIL import Image
 
 import vae_helpers
 
@@ -579,3 +582,21 @@ def test_no_room_in_the_cache_is_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(keras_mnist, "get_file", get_file)
     assert vae_helpers.load_mnist().name == "5,000 MNIST images"
     assert "No space left on device" in capsys.readouterr().out
+
+
+def test_readmes_recipe_packs_images_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, [30, 28, 28], np.uint8)
+    for number, image in enumerate(images):
+        folder = tmp_path / "my_digits" / str(number // 3)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number:02}.png")
+    readme = (ROOT / "README.md").read_text()
+    (recipe,) = re.findall(r"```python\n([^`]*my_digits[^`]*)```", readme)
+    exec(recipe, {})
+    digits = vae_helpers.load_mnist("my_digits.npz")
+    assert digits.name == "my_digits.npz (not MNIST)"
+    test = np.arange(30) % 10 == 0
+    np.testing.assert_array_equal(digits.x_test, images[test].reshape(3, 784))
+    np.testing.assert_array_equal(digits.x_train, images[~test].reshape(27, 784))
+    np.testing.assert_array_equal(digits.y_train, (np.arange(30) // 3)[~test])

@@ -1,6 +1,7 @@
 """The losses and the training step, each against an oracle worked out apart."""
 
 import numpy as np
+import scipy.ndimage
 import scipy.special
 import scipy.stats
 from conftest import SMALL, Notebook
@@ -85,7 +86,8 @@ def step_taken(longest):
     optimizer, clip_norm = keras.optimizers.SGD(1.0), longest
     x, y = tf.constant(test_images[:batch_size]), tf.constant(test_digits[:batch_size])
     asked = tf.zeros([asked_digit_batch, z_dim]), tf.zeros([asked_digit_batch], tf.int32)
-    train_step(x, y, tf.zeros([batch_size, z_dim]), tf.zeros([distorted_groups, 6]), *asked)
+    warps = tf.zeros([distorted_groups, *vae_helpers.WARP])
+    train_step(x, y, tf.zeros([batch_size, z_dim]), warps, *asked)
     optimizer, clip_norm, before = kept
     after = [weight.numpy() for weight in weights]
     for weight, value in zip(weights, before):
@@ -106,27 +108,25 @@ def test_a_step_is_as_long_as_the_gradient_or_for_each_unit_the_clip_norm(notebo
     assert max(np.linalg.norm(gradient, axis=0).max() for gradient in gradients) > 1
 
 
-def test_distortion_is_an_affine_map_of_the_plane():
-    def matrix_of(strength):  # by which images are multiplied
-        warps = np.array([[0.5, -0.3, 0.7, -0.9, 0.4, -0.6], [0, 0, 0, 0, 0, 0.5]], np.float32)
-        images = np.tile(np.eye(784, dtype=np.float32), [2, 1])
-        first, second = np.split(vae_helpers.distort(images, strength, warps), 2)
-        down = second.reshape(784, 28, 28)[:784:28]  # images whose one pixel is in column 0
-        np.testing.assert_allclose(down[5, 5 - int(strength), 0], 1)  # moved by a pixel, or not
-        return first
-
-    np.testing.assert_array_equal(matrix_of(0.0), np.eye(784))
-    np.testing.assert_allclose(matrix_of(1e-9), np.eye(784), atol=1e-6)
-    matrix = matrix_of(1.0)
-    y, x = np.divmod(np.arange(784), 28)
-    inside = np.isclose(matrix.sum(axis=0), 1, atol=1e-5)  # new pixels that come from the image
-    assert inside.mean() > 0.7
-    # Where a new pixel comes from is an affine function of where it is.
-    design = np.stack([x, y, np.ones(784)], axis=1)[inside]
-    for source in (x @ matrix, y @ matrix):
-        fit, *_ = np.linalg.lstsq(design, source[inside], rcond=None)
-        np.testing.assert_allclose(design @ fit, source[inside], atol=1e-3)
-    assert not np.allclose(matrix, np.eye(784), atol=0.1)
+def test_distortion_moves_pixels_along_rows_and_then_columns_by_waves():
+    random = np.random.default_rng(0)
+    images = random.random([6, 784]).astype(np.float32)
+    warps = random.uniform(-1, 1, [3, *vae_helpers.WARP]).astype(np.float32)
+    np.testing.assert_array_equal(vae_helpers.distort(images, 0.0, warps), images)
+    np.testing.assert_allclose(vae_helpers.distort(images, 1e-9, warps), images, atol=1e-6)
+    y, x = np.mgrid[:28, :28].astype(float)
+    for image, distorted, warp in zip(
+        images, vae_helpers.distort(images, 2.0, warps).numpy(), warps.repeat(2, 0), strict=True
+    ):
+        moves = np.zeros([2, 28, 28])
+        for axis, down, across in np.ndindex(*vae_helpers.WARP):
+            wave = np.cos(np.pi * down * (y + 0.5) / 28) * np.cos(np.pi * across * (x + 0.5) / 28)
+            moves[axis] += 2 / (1 + np.hypot(down, across)) * warp[axis, down, across] * wave
+        options = {"order": 1, "mode": "grid-constant"}
+        moved = scipy.ndimage.map_coordinates(image.reshape(28, 28), [y, x + moves[0]], **options)
+        moved = scipy.ndimage.map_coordinates(moved, [y + moves[1], x], **options)
+        np.testing.assert_allclose(distorted.reshape(28, 28), moved, atol=1e-4)
+        assert np.abs(distorted - image).max() > 0.1
 
 
 # A linear decoder with Gaussian pixels, whose P(x) is known: x ~ N(offset, weights·weightsᵀ + σ²).

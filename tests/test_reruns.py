@@ -179,7 +179,7 @@ def test_divergence_stops_at_the_last_good_epoch(tiny):
 @pytest.mark.parametrize(
     ("parameters", "cell_id", "message"),
     [
-        ({"optimizer_name": "sdg"}, "data", "optimizer_name = 'sdg': Input should be 'sgd' or"),
+        ({"optimizer_name": "sdg"}, "data", "optimizer_name = 'sdg': Input should be the name"),
         ({"likelihood": "normal"}, "data", "likelihood = 'normal': Input should be 'gaussian' or"),
         ({"batch_size": 10_000}, "data", "batch_size = 10000: .* less than or equal to 600"),
         ({"data_path": "nowhere.npz"}, "data", "nowhere.npz: no such file"),

@@ -6,6 +6,7 @@ import math
 import re
 
 import keras
+import numpy as np
 import pytest
 from conftest import NOTEBOOK, ROOT, cell_source
 from hypothesis import given, settings
@@ -131,6 +132,20 @@ def test_any_activation_that_keras_knows_and_can_use_is_taken():
     for name in taken:
         inputs = keras.Input([3])
         keras.Model(inputs, keras.layers.Dense(4, activation=name)(inputs))
+
+
+def test_any_optimizer_that_keras_knows_and_can_use_is_taken():
+    kinds = inspect.getmembers(keras.optimizers, inspect.isclass)
+    names = {name.lower() for name, kind in kinds if issubclass(kind, keras.optimizers.Optimizer)}
+    taken = [name for name in names if not refusal("optimizer_name", name)]
+    assert {"sgd", "adam", "adamw", "rmsprop", "lion", "muon"} <= set(taken)
+    decay = keras.optimizers.schedules.CosineDecay(0.01, 10)
+    for name in taken:
+        weight = keras.Variable(np.ones([2, 3], np.float32))
+        optimizer = type(keras.optimizers.get(name))(decay)
+        optimizer.build([weight])
+        optimizer.apply([keras.ops.ones([2, 3])], [weight])
+        assert np.all(weight.numpy() < 1)
 
 
 def test_a_likelihood_is_known_by_its_entry_in_the_table():
