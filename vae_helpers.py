@@ -600,7 +600,7 @@ def distort(images, strength, warps):
     # Weight of each old pixel in a new one, falling to zero one pixel away:
     row_weights = tf.nn.relu(1 - abs(source_x[:, :, None] - position[:, None]))
     column_weights = tf.nn.relu(1 - abs(source_y[:, None] - position[:, None, None]))
-    moved = tf.reshape(images, [len(warps), -1, SIDE, SIDE])
+    moved = tf.reshape(images, [warps.shape[0], -1, SIDE, SIDE])
     moved = tf.einsum("gnyu,gyux->gnyx", moved, row_weights)  # [group, row, old x, new x]
     moved = tf.einsum("gnvx,gvyx->gnyx", moved, column_weights)  # [group, old y, new y, column]
     return tf.reshape(moved, [-1, PIXELS])
@@ -666,15 +666,12 @@ def plot_digit_grid(images, *, row_labels=None, column_labels=range(DIGITS), tit
 
 
 def plot_samples(samples, epochs, name):
-    """Draw the rows of the digit grid that there are, with room for those to come.
+    """Return a Figure of the rows of the digit grid that there are, with room for those to come.
 
     Args:
         samples: [finished epochs, 10, 784], grey values in [0, 1].
         epochs: how many rows there will be.
         name: of the data set.
-
-    Returns:
-        The matplotlib Figure.
     """
     to_come = np.zeros([epochs - len(samples), DIGITS, PIXELS], np.float32)
     return plot_digit_grid(
@@ -685,15 +682,12 @@ def plot_samples(samples, epochs, name):
 
 
 def plot_losses(history, *, title=None):
-    """Draw both losses per epoch, of the training set and of the test set.
+    """Return a Figure of both losses per epoch, of the training set and of the test set.
 
     Args:
         history: a dict of lists with one number per epoch, in nats per image: `vae_loss`,
             `classification_loss` and the same two with `test_` before.
         title: of the figure, or `None`.
-
-    Returns:
-        The matplotlib Figure.
     """
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for ax, name in zip(figure.subplots(1, 2), ("vae_loss", "classification_loss"), strict=True):
@@ -711,15 +705,12 @@ def plot_losses(history, *, title=None):
 
 
 def plot_styles(z_mean, digits, *, title=None):
-    """Draw styles as digits in the plane of their first two principal components.
+    """Return a Figure of styles, as digits in the plane of their first two principal components.
 
     Args:
         z_mean: [N, z_dim], the mean of each image's style.
         digits: integers [N], 0 to 9; each style is drawn as its digit, in the digit's colour.
         title: of the figure, or `None`.
-
-    Returns:
-        The matplotlib Figure.
     """
     from sklearn.decomposition import PCA
 
@@ -740,15 +731,12 @@ def plot_styles(z_mean, digits, *, title=None):
 
 
 def plot_confusions(pairs, *, title=None):
-    """Draw confusion matrices side by side, in per cent of each row.
+    """Return a Figure of confusion matrices side by side, in per cent of each row.
 
     Args:
         pairs: a dict from the title of each matrix to the name of its rows, the digit [N] of each
             case by which it counts in a row, and the same two of its columns.
         title: of the figure, or `None`.
-
-    Returns:
-        The matplotlib Figure.
     """
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
@@ -872,16 +860,13 @@ def as_photograph(image):
 
 
 def plot_handwriting(photograph, image, all_digits, *, title=None):
-    """Draw a photograph of a digit, its framing and all ten digits in its style, side by side.
+    """Return a Figure of a photograph, its digit framed and all ten digits in its style.
 
     Args:
         photograph: [height, width] in [0, 1], grey.
         image: [784] in [0, 1], the digit in MNIST's framing.
         all_digits: [10, 784] in [0, 1], the digits 0 to 9.
         title: of the figure, or `None`.
-
-    Returns:
-        The matplotlib Figure.
     """
     figure = Figure(figsize=(9, 2.5), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[2, 2, 5])

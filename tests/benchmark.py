@@ -73,7 +73,7 @@ def keras_fit(parameters, whole_epochs=False):
     count = names.steps_per_epoch * names.batch_size
     images = names.data.x_train[:count].astype(np.float32) / 255
     digits = names.data.y_train[:count]
-    return lambda: model.fit(images, digits, batch_size=names.batch_size, verbose=0)
+    return lambda: model.fit(images, digits, batch_size=names.batch_size, verbose=0).history
 
 
 def python_loop(parameters):
