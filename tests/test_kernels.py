@@ -145,30 +145,38 @@ def test_two_kernels_at_once_in_a_folder_with_an_odd_name_show_the_same(kernel, 
     grids = [pictures(cell) for run in runs for cell in run.cells if cell.id == "train"]
     assert grids == [pictures(kernel.cell("train"))] * 2
     kept = vae_helpers.load_run(folder / "läuft hier")
-    networks = (kept.encoder, kept.digit_classifier, kept.decoder)
-    weights = [weight for network in networks for weight in network.get_weights()]
+    kept_networks = (kept.encoder, kept.digit_classifier, kept.decoder)
+    weights = [weight for network in kept_networks for weight in network.get_weights()]
     assert_same((kept.history, kept.samples, weights), kernel.fetch(TRAINED))
     files = sorted(path.name for path in (folder / "läuft hier").iterdir())
-    assert files == sorted(map(vae_helpers._file_name, vae_helpers.Run._fields))
+    networks = ["decoder.keras", "digit_classifier.keras", "encoder.keras"]
+    texts = ["history.json", "hyperparameters.json", "results.json"]
+    assert files == [*networks, *texts, "samples.npz"]
 
 
-def interrupt_after(kernel, epochs):
-    """Send the kernel a real interrupt request once it has printed so many epochs."""
+def interrupt_after(kernel, said, times=1, pause=0):
+    """Send the kernel a real interrupt request, `pause` seconds after the training cell said this.
+
+    Returns the thread that waits for it, and a list that will hold when the request was sent.
+    """
     kernel.cell("train").outputs = []
+    asked = []
 
     def wait_and_interrupt():
-        while printed(kernel.cell("train")).count("\nepoch") < epochs:
+        while printed(kernel.cell("train")).count(said) < times:
             time.sleep(0.05)
+        time.sleep(pause)
+        asked.append(time.monotonic())
         asyncio.run(kernel.client.km.interrupt_kernel())
 
     thread = threading.Thread(target=wait_and_interrupt, daemon=True)
     thread.start()
-    return thread
+    return thread, asked
 
 
 def test_interrupt_ends_training_at_the_last_finished_epoch(kernel, tiny):
     kernel.run("parameters", "epoch", **{**tiny, "epochs": 40})
-    thread = interrupt_after(kernel, 3)
+    thread, _ = interrupt_after(kernel, "\nepoch", 3)
     kernel.run("train", "train")
     thread.join()
     finished = len(kernel.fetch("samples"))
@@ -188,18 +196,7 @@ def test_interrupt_ends_a_long_epoch_within_three_seconds(kernel, small_arrays, 
     np.savez(tmp_path / "many.npz", **many)
     long = {**SMALL, "hidden_layers": [2048, 2048], "data_path": str(tmp_path / "many.npz")}
     kernel.run("parameters", "epoch", **long)
-    asked = []
-
-    def wait_and_interrupt():
-        while "compiled in" not in printed(kernel.cell("train")):
-            time.sleep(0.05)
-        time.sleep(3)  # an epoch takes minutes
-        asked.append(time.monotonic())
-        asyncio.run(kernel.client.km.interrupt_kernel())
-
-    kernel.cell("train").outputs = []
-    thread = threading.Thread(target=wait_and_interrupt, daemon=True)
-    thread.start()
+    _, asked = interrupt_after(kernel, "compiled in", pause=3)  # an epoch takes minutes
     kernel.run("train", "train")
     assert time.monotonic() - asked[0] < 3
     said = printed(kernel.cell("train"))
