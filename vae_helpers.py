@@ -6,7 +6,9 @@ that take long to start are imported where they are used.
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
+import ctypes
 import gzip
 import hashlib
 import io
@@ -18,7 +20,6 @@ import socket
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 import warnings
 import zipfile
@@ -31,6 +32,7 @@ from matplotlib import colormaps, rcParams
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from PIL import Image, ImageOps
+from pydantic import Field
 from scipy import ndimage
 
 SIDE = 28  # pixels along one side of an image
@@ -65,6 +67,7 @@ def quiet_start():
     (https://github.com/tensorflow/tensorflow/issues/100442).
     """
     os.environ.update(KERAS_BACKEND="tensorflow", TF_CPP_MIN_LOG_LEVEL="1")
+    os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # leaves room for other kernels on a GPU
     with hidden_stderr():
         yield
         import tensorflow as tf
@@ -94,36 +97,34 @@ def noted_interrupts(message):
 
 # Settings
 
-PathText = Annotated[str, pydantic.Field(min_length=1)]
-Units = Annotated[int, pydantic.Field(ge=1)]
-NotNegative = Annotated[float, pydantic.Field(ge=0)]
-Positive = Annotated[float, pydantic.Field(gt=0)]
-
-
-def allowed(why, **limits):
-    """Return a field with limits and the reason for them, which an error will give."""
-    return pydantic.Field(description=why, **limits)
+PathText = Annotated[str, Field(min_length=1)]
+Units = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class Hyperparameters(pydantic.BaseModel):
-    """What each hyperparameter of the notebook may be; README says what it changes."""
+    """What each hyperparameter of the notebook may be; README says what it changes.
+
+    A description is the reason for a limit, which an error will give.
+    """
 
     model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False, frozen=True)
 
     data_path: PathText | None
     output_dir: PathText | None
-    seed: int = allowed("it seeds generators of 32 bits", ge=0, lt=2**31)
-    epochs: int = allowed("each is a row of one figure", ge=1, le=1000)
-    batch_size: int = pydantic.Field(ge=1)
-    hidden_layers: list[Units] = pydantic.Field(min_length=1)
+    seed: int = Field(ge=0, lt=2**31, description="it seeds generators of 32 bits")
+    epochs: int = Field(ge=1, le=1000, description="each is a row of one figure")
+    batch_size: int = Field(ge=1)
+    hidden_layers: list[Units] = Field(min_length=1)
     activation: str
-    z_dim: int = allowed("styles are drawn in a plane", ge=2)
+    z_dim: int = Field(ge=2, description="styles are drawn in a plane")
     likelihood: str
-    decoder_std: float = allowed("its square divides 32-bit numbers", ge=0.001, le=1000)
+    decoder_std: float = Field(ge=0.001, le=1000, description="its square divides 32-bit numbers")
     classification_weight: NotNegative
     optimizer_name: str
     learning_rate: Positive
-    momentum: float = allowed("steps would grow without end at 1", ge=0, lt=1)
+    momentum: float = Field(ge=0, lt=1, description="steps would grow without end at 1")
     cosine_decay: bool
     clip_norm: Positive | None
     mean_image_bias: bool
@@ -131,8 +132,8 @@ class Hyperparameters(pydantic.BaseModel):
     decoder_skips: bool
     stop_gradient: bool
     asked_digit_weight: NotNegative
-    asked_digit_batch: int = pydantic.Field(ge=1)
-    distortion: float = allowed("digits leave the image beyond", ge=0, le=5)
+    asked_digit_batch: int = Field(ge=1)
+    distortion: float = Field(ge=0, le=5, description="digits leave the image beyond")
 
     @pydantic.field_validator("activation", "optimizer_name")
     @classmethod
@@ -290,41 +291,32 @@ def _download():
     """Return Keras' MNIST, from its cache or its host; an exception if the host does not answer.
 
     Keras waits without end for a host that is silent, and so does the look-up of its name. So the
-    download has a thread of its own, given up unless the host has answered in time.
+    download has a thread of its own, given up unless the host has answered another one in time.
     """
     import keras  # here, so that the notebook decides when TensorFlow starts
 
-    outcome, answered = [], threading.Event()
+    def start(function):
+        def run():
+            try:
+                outcome.set_result(function())
+            except Exception as error:
+                outcome.set_exception(error)
 
-    def load():
-        try:
-            outcome.append(keras.datasets.mnist.load_data())
-        except Exception as error:
-            outcome.append(error)
+        outcome = concurrent.futures.Future()
+        threading.Thread(target=run, daemon=True).start()
+        return outcome
 
-    def knock():
-        with contextlib.suppress(OSError):
-            with contextlib.suppress(urllib.error.HTTPError):  # an answer as well
-                urllib.request.urlopen(MNIST_HOST, timeout=PATIENCE).close()
-            answered.set()
-
-    loader = threading.Thread(target=load, daemon=True)
     previous_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE)  # for an answer that breaks off half-way
     try:
-        loader.start()
-        loader.join(1)  # long enough to read the cache
-        if loader.is_alive():
-            threading.Thread(target=knock, daemon=True).start()
-            loader.join(PATIENCE)
-        if loader.is_alive() and not answered.is_set():
+        loaded = start(keras.datasets.mnist.load_data)
+        answered = start(lambda: urllib.request.urlopen(MNIST_HOST).close())
+        first = concurrent.futures.wait([loaded, answered], PATIENCE, "FIRST_COMPLETED")
+        if not first.done:
             raise TimeoutError(f"no answer from {MNIST_HOST} within {PATIENCE} seconds")
-        loader.join()
+        return loaded.result()
     finally:
         socket.setdefaulttimeout(previous_timeout)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
 
 
 def load_offline_digits(copies=8, seed=0):
@@ -457,26 +449,20 @@ def _check(images, digits, where):
 # Training
 
 
-class Snapshot:
-    """Values of all variables of networks or optimizers, to go back to.
+def snapshot(owners):
+    """Return a function that puts all variables back to their present values.
 
     Args:
-        owners: objects with `variables`, such as Keras models: weights, statistics of batch
-            normalization, states of random generators, momenta.
+        owners: objects with `variables`, such as Keras models and optimizers: weights, statistics
+            of batch normalization, states of random generators, momenta.
     """
+    kept = [(variable, variable.numpy()) for owner in owners for variable in owner.variables]
 
-    def __init__(self, owners):
-        self._variables = [variable for owner in owners for variable in owner.variables]
-        self.take()
-
-    def take(self):
-        """Keep the present values in place of those before."""
-        self._values = [variable.numpy() for variable in self._variables]
-
-    def restore(self):
-        """Put the kept values back."""
-        for variable, value in zip(self._variables, self._values, strict=True):
+    def restore():
+        for variable, value in kept:
             variable.assign(value)
+
+    return restore
 
 
 class Training:
@@ -492,8 +478,8 @@ class Training:
     """
 
     def __init__(self, networks, epochs):
-        self._last_finished = Snapshot(networks)
-        self._finished, self._epochs = 0, epochs
+        self._networks, self._epochs, self._finished = networks, epochs, 0
+        self._restore = snapshot(networks)
 
     def __enter__(self):
         self._interrupts = noted_interrupts("Interrupted: back to the last finished epoch.")
@@ -531,14 +517,16 @@ class Training:
             epoch = self._finished + 1
             lower = "lower learning_rate or clip_norm."
             raise FloatingPointError(f"The loss of epoch {epoch} is not finite: {lower}")
-        self._last_finished.take()
+        self._restore = snapshot(self._networks)
         self._finished += 1
 
     def __exit__(self, kind, error, _):
         self._interrupts.__exit__(None, None, None)
+        with contextlib.suppress(AttributeError, TypeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)  # the compiler leaves much memory behind
         if kind not in (KeyboardInterrupt, FloatingPointError):
             return False
-        self._last_finished.restore()
+        self._restore()
         print(*error.args, f"Stopped after {self._finished} of {self._epochs} epochs.")
         print("Run this cell again to start afresh.")
         return True
@@ -595,8 +583,9 @@ def distort(images, strength, warps):
     half_periods = np.arange(WARP[-1], dtype=np.float32)
     waves = np.cos(np.pi * half_periods[:, None] * (position + 0.5) / SIDE)  # [wave, pixel]
     amplitudes = strength / (1 + np.hypot(half_periods[:, None], half_periods))
-    moves = tf.einsum("gaij,iy,jx->agyx", warps * amplitudes, waves, waves)
-    source_x, source_y = moves[0] + position, moves[1] + position[:, None]  # [group, y, x] each
+    basis = np.einsum("ij,iy,jx->ijyx", amplitudes, waves, waves).astype(np.float32)
+    moves = tf.tensordot(warps, basis, axes=2)  # [group, 2, y, x], in pixels
+    source_x, source_y = moves[:, 0] + position, moves[:, 1] + position[:, None]
     # Weight of each old pixel in a new one, falling to zero one pixel away:
     row_weights = tf.nn.relu(1 - abs(source_x[:, :, None] - position[:, None]))
     column_weights = tf.nn.relu(1 - abs(source_y[:, None] - position[:, None, None]))
@@ -607,12 +596,23 @@ def distort(images, strength, warps):
 
 
 def clip(gradients, longest):
-    """Shorten what is longer than `longest` of each unit's gradient (of its weights, its bias)."""
+    """Shorten gradients whose length is above `longest`, or none if that is `None`.
+
+    The length is taken over the first axis: of a dense layer's kernel [inputs, units], for each
+    unit; of its biases [units], for all together.
+    """
     import tensorflow as tf
 
     if longest is None:
         return gradients
-    return [tf.clip_by_norm(gradient, longest, axes=0) for gradient in gradients]
+    clipped = []
+    for gradient in gradients:
+        squares, half = gradient**2, gradient.shape[0] // 2
+        # Added to each other first, two halves are summed in half of the time by XLA.
+        halves = squares[:half] + squares[half : 2 * half]
+        squared_length = tf.reduce_sum(halves, axis=0) + tf.reduce_sum(squares[2 * half :], axis=0)
+        clipped.append(gradient * (longest / tf.maximum(tf.sqrt(squared_length), longest)))
+    return clipped
 
 
 # Figures
@@ -749,7 +749,7 @@ def plot_confusions(pairs, *, title=None):
         display.plot(ax=ax, cmap="Blues", colorbar=False, values_format=".1f", text_kw={"size": 6})
         for text, value in zip(display.text_.ravel(), percent.ravel(), strict=True):
             text.set_visible(value > 0)
-        ax.set(xlabel=f"digit {column_name}", ylabel=f"digit {row_name}")
+        ax.set(xlabel=column_name, ylabel=row_name)
         same = np.mean(np.equal(rows, columns))
         ax.set_title(f"{name}: {same:.2%} the same", fontsize="medium")
     figure.suptitle(title)
@@ -1028,7 +1028,9 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook="vae2.ip
     for change in ParameterGrid(compare):
         if wrong := change.keys() - (Hyperparameters.model_fields.keys() - fixed):
             raise ValueError(f"{', '.join(sorted(wrong))}: no hyperparameter to compare")
-        settings = check_hyperparameters({**names, **change, **fixed}).model_dump_json()
+        checked = check_hyperparameters({**names, **change, **fixed})
+        check_batch_size(checked.batch_size, len(data.x_train))
+        settings = checked.model_dump_json()
         identity = hashlib.sha256((code + data.digest + settings).encode()).hexdigest()
         label = ", ".join(f"{name} = {value}" for name, value in change.items())
         runs[Path(folder, identity[:16])] = (label or "nothing changed", json.loads(settings))
@@ -1063,7 +1065,8 @@ def _run_missing(runs, code, data, folder, scheduler, patience):
         np.savez_compressed(scratch / bundle, **{**data._asdict(), **images}, code=code)
         stack.enter_context(hidden_stderr())  # of workers, as they are interrupted or end
         if scheduler is None:
-            workers = min(len(runs), CPU_COUNT)
+            gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))  # if any, a worker for each
+            workers = min(len(runs), gpus or CPU_COUNT)
             threads = ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
             env = dict.fromkeys(threads, str(CPU_COUNT // workers))
             options = {"threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": 50}
@@ -1089,7 +1092,7 @@ def _run_missing(runs, code, data, folder, scheduler, patience):
                     (scratch / path.name / name).write_bytes(content)
                 (scratch / path.name).rename(path)
                 done += 1
-            running = [label for label, _ in map(runs.get, waiting.values()) if label in began]
+            running = [runs[path][0] for path in waiting.values() if runs[path][0] in began]
             minutes = (time.monotonic() - start) * len(waiting) / max(1, done) / 60
             left = f", about {minutes:.0f} min left" if done else ""
             line = f"{done} of {len(runs)} done{left}; running: {running}"
@@ -1124,6 +1127,8 @@ def _task(bundle, patience):
         lines = "\n".join(f"{name} = {value!r}" for name, value in own.items())
         cells = [new_code_cell(lines if source is None else source) for source in sources]
         env = {"TF_NUM_INTRAOP_THREADS": "1", **os.environ}
+        if isinstance(worker.name, int):  # the number of a worker on the notebook's own machine
+            env["CUDA_VISIBLE_DEVICES"] = str(worker.name)
         with tempfile.TemporaryDirectory(dir=worker.local_directory) as folder:
             Path(folder, "vae_helpers.py").write_text(helper, "utf-8")
             try:

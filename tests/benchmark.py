@@ -212,12 +212,13 @@ def pytorch(parameters):
     position, half_periods = torch.arange(28.0), torch.arange(float(vae_helpers.WARP[-1]))
     waves = torch.cos(math.pi * half_periods[:, None] * (position + 0.5) / 28)
     amplitudes = names.distortion / (1 + torch.hypot(half_periods[:, None], half_periods))
+    basis = torch.einsum("ij,iy,jx->ijyx", amplitudes, waves, waves)
 
     def distort(x):
-        groups = math.gcd(len(x), 30)
-        warps = amplitudes * (2 * torch.rand([groups, *vae_helpers.WARP]) - 1)
-        moves = torch.einsum("gaij,iy,jx->agyx", warps, waves, waves)
-        source_x, source_y = moves[0] + position, moves[1] + position[:, None]
+        groups = math.gcd(len(x), 15)
+        warps = 2 * torch.rand([groups, *vae_helpers.WARP]) - 1
+        moves = torch.tensordot(warps, basis, dims=2)
+        source_x, source_y = moves[:, 0] + position, moves[:, 1] + position[:, None]
         row_weights = functional.relu(1 - abs(source_x[:, :, None] - position[:, None]))
         column_weights = functional.relu(1 - abs(source_y[:, None] - position[:, None, None]))
         moved = torch.einsum("gnyu,gyux->gnyx", x.view(groups, -1, 28, 28), row_weights)

@@ -56,7 +56,7 @@ def test_confusions_are_in_per_cent_of_each_row():
     titles = ["one: 66.67% the same", "two: 66.67% the same"]
     assert [ax.get_title() for ax in figure.axes] == titles
     labels = [(ax.get_ylabel(), ax.get_xlabel()) for ax in figure.axes]
-    assert labels == [("digit true", "digit read"), ("digit read", "digit true")]
+    assert labels == [("true", "read"), ("read", "true")]
 
 
 def test_styles_are_drawn_by_principal_components():
