@@ -24,7 +24,7 @@ import urllib.request
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pydantic
@@ -32,7 +32,7 @@ from matplotlib import colormaps, rcParams
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from PIL import Image, ImageOps
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from scipy import ndimage
 
 SIDE = 28  # pixels along one side of an image
@@ -97,11 +97,6 @@ def noted_interrupts(message):
 
 # Settings
 
-PathText = Annotated[str, Field(min_length=1)]
-Units = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-
 
 class Hyperparameters(pydantic.BaseModel):
     """What each hyperparameter of the notebook may be; README says what it changes.
@@ -111,28 +106,28 @@ class Hyperparameters(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False, frozen=True)
 
-    data_path: PathText | None
-    output_dir: PathText | None
+    data_path: str | None = Field(min_length=1)
+    output_dir: str | None = Field(min_length=1)
     seed: int = Field(ge=0, lt=2**31, description="it seeds generators of 32 bits")
     epochs: int = Field(ge=1, le=1000, description="each is a row of one figure")
-    batch_size: int = Field(ge=1)
-    hidden_layers: list[Units] = Field(min_length=1)
+    batch_size: PositiveInt
+    hidden_layers: list[PositiveInt] = Field(min_length=1)
     activation: str
     z_dim: int = Field(ge=2, description="styles are drawn in a plane")
     likelihood: str
     decoder_std: float = Field(ge=0.001, le=1000, description="its square divides 32-bit numbers")
-    classification_weight: NotNegative
+    classification_weight: NonNegativeFloat
     optimizer_name: str
-    learning_rate: Positive
+    learning_rate: PositiveFloat
     momentum: float = Field(ge=0, lt=1, description="steps would grow without end at 1")
     cosine_decay: bool
-    clip_norm: Positive | None
+    clip_norm: PositiveFloat | None
     mean_image_bias: bool
     encoder_sees_digit: bool
     decoder_skips: bool
     stop_gradient: bool
-    asked_digit_weight: NotNegative
-    asked_digit_batch: int = Field(ge=1)
+    asked_digit_weight: NonNegativeFloat
+    asked_digit_batch: PositiveInt
     distortion: float = Field(ge=0, le=5, description="digits leave the image beyond")
 
     @pydantic.field_validator("activation", "optimizer_name")
