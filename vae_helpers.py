@@ -1,8 +1,8 @@
 """What stands beside the model of vae2.ipynb, in the order in which the notebook uses it.
 
-Settings are checked, data found, training watched over, figures drawn, pictures made to play with,
-runs kept. Importing this module changes no setting, draws nothing and downloads nothing; libraries
-that take long to start are imported where they are used.
+Settings are checked, data found, training watched over, figures drawn, handwriting read, pictures
+made to play with, runs kept, settings compared. Importing this module changes no setting, draws
+nothing and downloads nothing; libraries that take long to start are imported where they are used.
 """
 
 import asyncio
@@ -591,10 +591,10 @@ def distort(images, strength, warps):
 
 
 def clip(gradients, longest):
-    """Shorten gradients whose length is above `longest`, or none if that is `None`.
+    """Shorten what is longer than `longest` in a list of gradients, or nothing if that is `None`.
 
-    The length is taken over the first axis: of a dense layer's kernel [inputs, units], for each
-    unit; of its biases [units], for all together.
+    Lengths are of the gradient of each unit's weights (the last axis of a kernel counts the units),
+    and of that of all biases of a layer together.
     """
     import tensorflow as tf
 
@@ -602,7 +602,8 @@ def clip(gradients, longest):
         return gradients
     clipped = []
     for gradient in gradients:
-        squares, half = gradient**2, gradient.shape[0] // 2
+        squares = tf.reshape(gradient, [-1, *gradient.shape[1:][-1:]]) ** 2
+        half = squares.shape[0] // 2
         # Added to each other first, two halves are summed in half of the time by XLA.
         halves = squares[:half] + squares[half : 2 * half]
         squared_length = tf.reduce_sum(halves, axis=0) + tf.reduce_sum(squares[2 * half :], axis=0)

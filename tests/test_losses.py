@@ -1,9 +1,11 @@
 """The losses and the training step, each against an oracle worked out apart."""
 
 import numpy as np
+import pytest
 import scipy.ndimage
 import scipy.special
 import scipy.stats
+import tensorflow as tf
 from conftest import SMALL, Notebook
 
 import vae_helpers
@@ -106,6 +108,16 @@ def test_a_step_is_as_long_as_the_gradient_or_for_each_unit_the_clip_norm(notebo
         np.testing.assert_allclose(step, expected, atol=1e-6)
         assert np.linalg.norm(step, axis=0).max() < 0.1001
     assert max(np.linalg.norm(gradient, axis=0).max() for gradient in gradients) > 1
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 2, 5), (7, 4), (1, 4), (6,), (1,), ()])
+def test_gradients_of_any_layer_are_shortened_by_unit(shape):
+    gradient = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    (clipped,) = vae_helpers.clip([tf.constant(gradient)], 0.3)
+    units = gradient.reshape(-1, shape[-1] if len(shape) > 1 else 1)
+    expected = units * np.minimum(1, 0.3 / np.linalg.norm(units, axis=0))
+    np.testing.assert_allclose(clipped, expected.reshape(shape), rtol=1e-5)
+    assert vae_helpers.clip([gradient], None) == [gradient]
 
 
 def test_distortion_moves_pixels_along_rows_and_then_columns_by_waves():
