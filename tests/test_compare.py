@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 from conftest import NOTEBOOK, ROOT, SMALL, Kernel, cell_source, printed
+from dask.system import CPU_COUNT
 
 import vae_helpers
 
@@ -49,8 +50,9 @@ with np.load(data_path) as arrays:
 done = epochs - (learning_rate > 1)
 np.savez(folder / "samples.npz", samples=np.full([done, 10, 784], seed / 10, np.float32))
 results = {"vae_loss": 200.0 + seed, "accuracy": 0.9, "asked_digit_accuracy": 0.8, "seconds": 1.0}
-threads = [os.environ[name] for name in ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")]
-results |= {"images": images, "threads": threads, "versions": {"stand-in": int(z_dim == 4)}}
+shares = ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+results |= {name: os.environ.get(name) for name in shares}
+results |= {"images": images, "versions": {"stand-in": int(z_dim == 4)}}
 (folder / "results.json").write_text(json.dumps(results))
 (folder / "decoder.keras").write_bytes(os.urandom(1_000_000))
 """,
@@ -78,6 +80,7 @@ def names():
     exec(cell_source(NOTEBOOK, "parameters"), values)
     return {name: values[name] for name in vae_helpers.Hyperparameters.model_fields} | {
         "epochs": 1,
+        "batch_size": 10,
         "likelihoods": ["gaussian", "bernoulli"],
     }
 
@@ -168,6 +171,7 @@ def cluster(tmp_path_factory, here):
 def test_settings_are_refused_by_name_before_anything_runs(here, names):
     for compare, words in [
         ({"z_dim": [2, 10], "seed": [0, -1]}, "seed = -1: Input should be greater than or equal"),
+        ({"batch_size": [20, 21]}, "batch_size = 21: Input should be less than or equal to 20"),
         ({"z_dims": [2]}, "z_dims: no hyperparameter to compare"),
         ({"data_path": ["a", "b"]}, "data_path: no hyperparameter to compare"),
         ([{"seed": [0]}, {"learning_rate": ["fast"]}], "learning_rate = 'fast': Input should be"),
@@ -302,7 +306,13 @@ def test_the_cells_show_a_figure_and_a_table(here, names):
         kernel.run("compared")
         said = printed(kernel.cell("compared"))
         figure, table = [o for o in kernel.cell("compared").outputs if "data" in o]
-        shown = kernel.fetch("table.to_dict()")
+        shown, measured = kernel.fetch("(table.to_dict(), [results for _, results, _ in runs])")
+    workers = min(4, CPU_COUNT)
+    for results in measured:  # each has its share of the cores, and a GPU where there are some
+        assert results["TF_NUM_INTRAOP_THREADS"] == str(CPU_COUNT // workers)
+        assert results["OMP_NUM_THREADS"] == str(CPU_COUNT // workers)
+        assert results["images"] == 20
+    assert {int(results["CUDA_VISIBLE_DEVICES"]) for results in measured} <= set(range(workers))
     assert "not all with the same versions:\n{'stand-in': 0}\n{'stand-in': 1}\n" in said
     assert said.endswith("4 of 4 runs kept, beside 0 of other settings, data or code\n")
     assert "image/png" in figure.data
