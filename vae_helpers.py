@@ -1006,7 +1006,8 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook="vae2.ip
         patience: seconds for each epoch, beside ten minutes, until a run is given up.
 
     Returns:
-        A list of (settings, results, samples [epochs, 10, 784]) of the runs that are now kept.
+        A list of (the change, all settings, results, samples [epochs, 10, 784]) of the runs that
+        are now kept.
 
     Raises:
         ValueError: a setting is wrong; nothing was run.
@@ -1014,7 +1015,7 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook="vae2.ip
     """
     from sklearn.model_selection import ParameterGrid
 
-    sources, runs, fixed = [], {}, {"data_path": None, "output_dir": None}
+    sources, runs, changes, fixed = [], {}, {}, {"data_path": None, "output_dir": None}
     cells = json.loads(Path(notebook).read_text("utf-8"))["cells"]
     for cell in cells[: [cell["id"] for cell in cells].index("keep") + 1]:
         tags = cell["metadata"].get("tags", [])
@@ -1029,7 +1030,8 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook="vae2.ip
         settings = checked.model_dump_json()
         identity = hashlib.sha256((code + data.digest + settings).encode()).hexdigest()
         label = ", ".join(f"{name} = {value}" for name, value in change.items())
-        runs[Path(folder, identity[:16])] = (label or "nothing changed", json.loads(settings))
+        changes[path := Path(folder, identity[:16])] = change
+        runs[path] = (label or "nothing changed", json.loads(settings))
     if missing := {path: run for path, run in runs.items() if not path.exists()}:
         try:
             _run_missing(missing, code, data, Path(folder), scheduler, patience)
@@ -1042,7 +1044,8 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook="vae2.ip
         print("not all with the same versions:", *sorted(versions), sep="\n")
     others = len(list(Path(folder).glob("[!.]*"))) - len(kept)
     print(f"{len(kept)} of {len(runs)} runs kept, beside {others} of other settings, data or code")
-    return list(zip([runs[path][1] for path in kept], results, samples, strict=True))
+    settings = [runs[path][1] for path in kept]
+    return list(zip(map(changes.get, kept), settings, results, samples, strict=True))
 
 
 def _run_missing(runs, code, data, folder, scheduler, patience):
@@ -1061,8 +1064,7 @@ def _run_missing(runs, code, data, folder, scheduler, patience):
         np.savez_compressed(scratch / bundle, **{**data._asdict(), **images}, code=code)
         stack.enter_context(hidden_stderr())  # of workers, as they are interrupted or end
         if scheduler is None:
-            gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))  # if any, a worker for each
-            workers = min(len(runs), gpus or CPU_COUNT)
+            workers = min(len(runs), CPU_COUNT)
             threads = ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
             env = dict.fromkeys(threads, str(CPU_COUNT // workers))
             options = {"threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": 50}
@@ -1123,8 +1125,6 @@ def _task(bundle, patience):
         lines = "\n".join(f"{name} = {value!r}" for name, value in own.items())
         cells = [new_code_cell(lines if source is None else source) for source in sources]
         env = {"TF_NUM_INTRAOP_THREADS": "1", **os.environ}
-        if isinstance(worker.name, int):  # the number of a worker on the notebook's own machine
-            env["CUDA_VISIBLE_DEVICES"] = str(worker.name)
         with tempfile.TemporaryDirectory(dir=worker.local_directory) as folder:
             Path(folder, "vae_helpers.py").write_text(helper, "utf-8")
             try:
