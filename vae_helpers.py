@@ -736,7 +736,7 @@ def plot_confusions(pairs, *, title=None):
     """
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
-    figure = Figure(figsize=(3.9 * len(pairs), 4.2), layout="constrained")
+    figure = Figure(figsize=(3.9 * len(pairs), 4.5), layout="constrained")
     axes = figure.subplots(1, len(pairs), squeeze=False)[0]
     for ax, (name, (row_name, rows, column_name, columns)) in zip(axes, pairs.items(), strict=True):
         counts = confusion_matrix(rows, columns, labels=range(DIGITS))
