@@ -9,6 +9,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import ctypes
+import gc
 import gzip
 import hashlib
 import io
@@ -460,6 +461,12 @@ def snapshot(owners):
     return restore
 
 
+def _release_memory():
+    """Give memory that is no longer used back to the system, where its C library can."""
+    with contextlib.suppress(AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Training:
     """A `with` block in which training may end early, always at the last finished epoch.
 
@@ -514,11 +521,12 @@ class Training:
             raise FloatingPointError(f"The loss of epoch {epoch} is not finite: {lower}")
         self._restore = snapshot(self._networks)
         self._finished += 1
+        _release_memory()
 
     def __exit__(self, kind, error, _):
         self._interrupts.__exit__(None, None, None)
-        with contextlib.suppress(AttributeError, TypeError):  # not glibc
-            ctypes.CDLL(None).malloc_trim(0)  # the compiler leaves much memory behind
+        gc.collect()  # figures of former epochs
+        _release_memory()
         if kind not in (KeyboardInterrupt, FloatingPointError):
             return False
         self._restore()
