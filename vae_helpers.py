@@ -1014,8 +1014,7 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook="vae2.ip
         patience: seconds for each epoch, beside ten minutes, until a run is given up.
 
     Returns:
-        A list of (the change, all settings, results, samples [epochs, 10, 784]) of the runs that
-        are now kept.
+        A list of (change, settings, results, samples [epochs, 10, 784]) of the runs now kept.
 
     Raises:
         ValueError: a setting is wrong; nothing was run.
@@ -1023,7 +1022,7 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook="vae2.ip
     """
     from sklearn.model_selection import ParameterGrid
 
-    sources, runs, changes, fixed = [], {}, {}, {"data_path": None, "output_dir": None}
+    sources, runs, fixed = [], {}, {"data_path": None, "output_dir": None}
     cells = json.loads(Path(notebook).read_text("utf-8"))["cells"]
     for cell in cells[: [cell["id"] for cell in cells].index("keep") + 1]:
         tags = cell["metadata"].get("tags", [])
@@ -1037,9 +1036,7 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook="vae2.ip
         check_batch_size(checked.batch_size, len(data.x_train))
         settings = checked.model_dump_json()
         identity = hashlib.sha256((code + data.digest + settings).encode()).hexdigest()
-        label = ", ".join(f"{name} = {value}" for name, value in change.items())
-        changes[path := Path(folder, identity[:16])] = change
-        runs[path] = (label or "nothing changed", json.loads(settings))
+        runs[Path(folder, identity[:16])] = (change, json.loads(settings))
     if missing := {path: run for path, run in runs.items() if not path.exists()}:
         try:
             _run_missing(missing, code, data, Path(folder), scheduler, patience)
@@ -1052,12 +1049,11 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook="vae2.ip
         print("not all with the same versions:", *sorted(versions), sep="\n")
     others = len(list(Path(folder).glob("[!.]*"))) - len(kept)
     print(f"{len(kept)} of {len(runs)} runs kept, beside {others} of other settings, data or code")
-    settings = [runs[path][1] for path in kept]
-    return list(zip(map(changes.get, kept), settings, results, samples, strict=True))
+    return [(*runs[path], *rest) for path, *rest in zip(kept, results, samples, strict=True)]
 
 
 def _run_missing(runs, code, data, folder, scheduler, patience):
-    """Run labelled settings, by the folders for the runs, on Dask workers; keep what is done."""
+    """Run changes and settings, by the folders for the runs, on Dask workers; keep what is done."""
     from dask.system import CPU_COUNT
     from distributed import Client, LocalCluster
     from distributed.diagnostics.plugin import UploadFile
@@ -1081,7 +1077,11 @@ def _run_missing(runs, code, data, folder, scheduler, patience):
         client.register_plugin(UploadFile(scratch / bundle, load=False), name=bundle)
         client.subscribe_topic(bundle, lambda event: began.add(event[1]))
         start, task = time.monotonic(), _task(bundle, patience)
-        waiting = {client.submit(task, *run, retries=2): path for path, run in runs.items()}
+        waiting, labels = {}, {}
+        for path, (change, settings) in runs.items():
+            label = ", ".join(f"{name} = {value}" for name, value in change.items())
+            labels[path] = label or "nothing changed"
+            waiting[client.submit(task, settings, retries=2)] = path
         while waiting and not interrupted.wait(0.5):
             if client.status != "running":
                 raise ConnectionError("the scheduler is gone")
@@ -1089,7 +1089,7 @@ def _run_missing(runs, code, data, folder, scheduler, patience):
                 path = waiting.pop(future)
                 files = future.exception() if future.status == "error" else future.result()
                 if not isinstance(files, dict):
-                    print(f"\r{runs[path][0]} failed: {files!s:70}")
+                    print(f"\r{labels[path]} failed: {files!s:70}")
                     continue
                 results = json.loads(files["results.json"]) | {"data": data.name}
                 files["results.json"] = json.dumps(results).encode()
@@ -1098,7 +1098,7 @@ def _run_missing(runs, code, data, folder, scheduler, patience):
                     (scratch / path.name / name).write_bytes(content)
                 (scratch / path.name).rename(path)
                 done += 1
-            running = [runs[path][0] for path in waiting.values() if runs[path][0] in began]
+            running = [labels[path] for future, path in waiting.items() if future.key in began]
             minutes = (time.monotonic() - start) * len(waiting) / max(1, done) / 60
             left = f", about {minutes:.0f} min left" if done else ""
             line = f"{done} of {len(runs)} done{left}; running: {running}"
@@ -1109,7 +1109,7 @@ def _run_missing(runs, code, data, folder, scheduler, patience):
 def _task(bundle, patience):
     """Return what runs on a worker: an inner function, since Dask sends such with all its code."""
 
-    def run_notebook(label, settings):
+    def run_notebook(settings):
         from distributed import get_worker
         from nbclient import NotebookClient
         from nbclient.exceptions import CellExecutionError
@@ -1125,7 +1125,7 @@ def _task(bundle, patience):
             raise TimeoutError
 
         worker = get_worker()
-        worker.log_event(bundle, label)
+        worker.log_event(bundle, worker.get_current_task())
         task = worker.state.tasks[worker.get_current_task()]
         data_path = os.path.join(worker.local_directory, bundle)
         sources, helper = json.loads(np.load(data_path)["code"].item())
