@@ -21,6 +21,7 @@ import socket
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
 import warnings
 import zipfile
@@ -68,7 +69,7 @@ def quiet_start():
     (https://github.com/tensorflow/tensorflow/issues/100442).
     """
     os.environ.update(KERAS_BACKEND="tensorflow", TF_CPP_MIN_LOG_LEVEL="1")
-    os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # leaves room for other kernels on a GPU
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # so that runs share a GPU
     with hidden_stderr():
         yield
         import tensorflow as tf
@@ -287,28 +288,33 @@ def _download():
     """Return Keras' MNIST, from its cache or its host; an exception if the host does not answer.
 
     Keras waits without end for a host that is silent, and so does the look-up of its name. So the
-    download has a thread of its own, given up unless the host has answered another one in time.
+    download has a thread of its own, given up unless the host has answered in time.
     """
     import keras  # here, so that the notebook decides when TensorFlow starts
 
-    def start(function):
-        def run():
-            try:
-                outcome.set_result(function())
-            except Exception as error:
-                outcome.set_exception(error)
+    loaded, answered = concurrent.futures.Future(), threading.Event()
 
-        outcome = concurrent.futures.Future()
-        threading.Thread(target=run, daemon=True).start()
-        return outcome
+    def load():
+        try:
+            loaded.set_result(keras.datasets.mnist.load_data())
+        except Exception as error:
+            loaded.set_exception(error)
+
+    def knock():
+        with contextlib.suppress(OSError):
+            with contextlib.suppress(urllib.error.HTTPError):  # an answer as well
+                urllib.request.urlopen(MNIST_HOST).close()
+            answered.set()
 
     previous_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE)  # for an answer that breaks off half-way
     try:
-        loaded = start(keras.datasets.mnist.load_data)
-        answered = start(lambda: urllib.request.urlopen(MNIST_HOST).close())
-        first = concurrent.futures.wait([loaded, answered], PATIENCE, "FIRST_COMPLETED")
-        if not first.done:
+        threading.Thread(target=load, daemon=True).start()
+        concurrent.futures.wait([loaded], 1)  # long enough to read the cache, without a network
+        if not loaded.done():
+            threading.Thread(target=knock, daemon=True).start()
+            concurrent.futures.wait([loaded], PATIENCE)
+        if not loaded.done() and not answered.is_set():
             raise TimeoutError(f"no answer from {MNIST_HOST} within {PATIENCE} seconds")
         return loaded.result()
     finally:

@@ -215,7 +215,7 @@ def pytorch(parameters):
     basis = torch.einsum("ij,iy,jx->ijyx", amplitudes, waves, waves)
 
     def distort(x):
-        groups = math.gcd(len(x), 15)
+        groups = max(n for n in range(1, 16) if len(x) % n == 0)
         warps = 2 * torch.rand([groups, *vae_helpers.WARP]) - 1
         moves = torch.tensordot(warps, basis, dims=2)
         source_x, source_y = moves[:, 0] + position, moves[:, 1] + position[:, None]
