@@ -307,6 +307,11 @@ def test_committed_outputs_are_of_one_clean_run_on_mnist():
     assert not [
         o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})
     ]
+    for cell in code:  # figures are shown at half of their pixels, crisp on any screen
+        figures = [output for output in cell.outputs if "image/png" in output.get("data", {})]
+        for output, picture in zip(figures, pictures(cell), strict=True):
+            width = matplotlib.image.imread(io.BytesIO(picture)).shape[1]
+            assert output.metadata["image/png"]["width"] == width // 2
     by_id = {cell.id: cell for cell in code}
     assert len(pictures(by_id["play-show"])) == 1
     assert printed(by_id["data"]).startswith("MNIST: 60,000 training and 10,000 test images")
