@@ -28,7 +28,6 @@ SMALL = {
     "batch_size": 50,
     "hidden_layers": [64],
     "z_dim": 4,
-    "asked_digit_batch": 20,
     "learning_rate": 0.01,
 }
 TINY = {**SMALL, "epochs": 2, "hidden_layers": [32], "batch_size": 60}
@@ -135,7 +134,7 @@ class Notebook(Runner):
             shell.init_user_ns()
         shell.display_formatter.formatters["image/png"].enabled = self._pictures
         with capture_output() as captured:
-            result = shell.run_cell(cell.source)
+            result = shell.run_cell(cell.source, store_history=True)
         cell.outputs = []
         for name in ("stdout", "stderr"):
             if text := getattr(captured, name):

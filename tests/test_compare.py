@@ -15,9 +15,10 @@ from pathlib import Path
 import dask
 import nbformat
 import numpy as np
+import pandas
 import psutil
 import pytest
-from conftest import NOTEBOOK, ROOT, SMALL, Kernel, cell_source, printed
+from conftest import NOTEBOOK, ROOT, SMALL, Kernel, cell_source, pictures, printed
 from dask.system import CPU_COUNT
 
 import vae_helpers
@@ -33,30 +34,36 @@ NOTHING = vae_helpers.Digits(
 # A notebook in which hyperparameters say what happens instead of training.
 STAND_IN = {
     "parameters": "z_dim = 0",
-    "shows": "raise RuntimeError('this cell need not run')",
+    "injected": "z_dim = 5",
     "train": """
-import json, os, pathlib, time
+import json, os, pathlib, time, zipfile
 import numpy as np
 pathlib.Path(os.environ["MARKS"], f"{seed}-{os.getpid()}-{os.getppid()}").touch()
 time.sleep(0 if seed == 0 else decoder_std)
 if z_dim == 13:
     raise ValueError("z_dim brings bad luck")
+if z_dim == 14:
+    batch_size = 1
 """,
     "keep": """
-folder = pathlib.Path(output_dir)
-folder.mkdir()
 with np.load(data_path) as arrays:
     images = len(arrays["x_train"])
 done = epochs - (learning_rate > 1)
-np.savez(folder / "samples.npz", samples=np.full([done, 10, 784], seed / 10, np.float32))
+np.save("samples.npy", np.full([done, 10, 784], seed / 10, np.float32))
 results = {"vae_loss": 200.0 + seed, "accuracy": 0.9, "asked_digit_accuracy": 0.8, "seconds": 1.0}
 shares = ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
 results |= {name: os.environ[name] for name in shares}
 results |= {"images": images, "versions": {"stand-in": int(z_dim == 4)}}
-(folder / "results.json").write_text(json.dumps(results))
-(folder / "decoder.keras").write_bytes(os.urandom(1_000_000))
+simple = (int, float, str, bool, list, type(None))
+trained_with = {name: x for name, x in globals().items() if isinstance(x, simple)}
+pathlib.Path(output_dir).mkdir()
+with zipfile.ZipFile(pathlib.Path(output_dir, "run.zip"), "w") as archive:
+    archive.write("samples.npy")
+    archive.writestr("results.json", json.dumps(results))
+    archive.writestr("hyperparameters.json", json.dumps(trained_with, default=str))
+    archive.writestr("decoder.keras", os.urandom(1_000_000))
 """,
-    "after": "raise RuntimeError('this cell comes after the last')",
+    "compare": "raise RuntimeError('this cell is not run'); vae_helpers.run_settings(...)",
 }
 # What a person's kernel does; it lives on afterwards, as that kernel would.
 DRIVER = """
@@ -66,7 +73,7 @@ if __name__ == "__main__":  # which is not so in a worker
     import vae_helpers
     names, compare = map(json.loads, sys.argv[1:3])
     images, digits = np.zeros([20, 784], np.uint8), np.zeros(20, np.int32)
-    data = vae_helpers.Digits(images, digits, images, digits, "no digits")
+    data = vae_helpers.Digits(images, digits, images[:10], digits[:10], "no digits")
     runs = vae_helpers.run_settings(compare, names, data, "kept", notebook="stand-in.ipynb")
     print("returned", len(runs), flush=True)
     time.sleep(60)
@@ -89,7 +96,7 @@ def names():
 def here(tmp_path, monkeypatch):
     """Work in an empty folder beside a stand-in notebook that marks each of its kernels."""
     cells = [nbformat.v4.new_code_cell(source, id=name) for name, source in STAND_IN.items()]
-    cells[0].metadata.tags, cells[1].metadata.tags = ["parameters"], ["shows-only"]
+    cells[0].metadata.tags, cells[1].metadata.tags = ["parameters"], ["injected-parameters"]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "stand-in.ipynb")
     (tmp_path / "driver.py").write_text(DRIVER)
     (tmp_path / "marks").mkdir()
@@ -103,7 +110,7 @@ def run(compare, names, **options):
     """Run the stand-in notebook with each combination and return the seeds of those kept."""
     options = {"notebook": "stand-in.ipynb", **options}
     runs = vae_helpers.run_settings(compare, names, NOTHING, "kept", **options)
-    return [settings["seed"] for _, settings, _, _ in runs]
+    return list(runs["seed"]) if len(runs) else []
 
 
 def marks(seed=""):
@@ -204,7 +211,7 @@ def test_a_killed_driver_goes_on_from_what_it_had(here, names):
     names = {**names, "decoder_std": 4.0}
     compare = {"seed": [0, 1, 2]}
     with driver(names, compare) as process:
-        wait_for(lambda: list(Path("kept").glob("[!.]*/results.json")) and len(marks()) > 1)
+        wait_for(lambda: list(Path("kept").glob("[!.]*/run.zip")) and len(marks()) > 1)
         process.kill()
         wait_for(lambda: all(is_over(pid) for _, *pids in marks() for pid in pids), 10)
     kept = {path: path.stat().st_mtime_ns for path in Path("kept").glob("[!.]*")}
@@ -216,7 +223,7 @@ def test_a_killed_driver_goes_on_from_what_it_had(here, names):
 
 def test_an_interrupt_keeps_what_is_done_and_leaves_no_process(here, names):
     with driver({**names, "decoder_std": 99.0}, {"seed": [0, 1, 2]}) as process:
-        wait_for(lambda: list(Path("kept").glob("[!.]*/results.json")) and len(marks()) > 2)
+        wait_for(lambda: list(Path("kept").glob("[!.]*/run.zip")) and len(marks()) > 2)
         processes = psutil.Process(process.pid).children(recursive=True)
         # Python's own resource tracker ends with the process that started a first child.
         ours = [child for child in processes if "resource_tracker" not in str(child.cmdline())]
@@ -254,13 +261,18 @@ def test_workers_by_hand_a_full_disk_and_a_lost_scheduler(here, names, cluster, 
         run({"seed": [0, 1]}, names, scheduler=address)
 
 
-def test_a_kernel_that_hangs_is_ended_and_divergence_is_reported(here, names, capsys):
-    compare = [{"seed": [1], "epochs": [2]}, {"seed": [0], "learning_rate": [5.0]}]
+def test_a_kernel_that_hangs_is_ended_and_what_went_wrong_is_reported(here, names, capsys):
+    compare = [
+        {"seed": [1], "epochs": [2]},
+        {"seed": [0], "learning_rate": [5.0]},
+        {"seed": [0], "z_dim": [14]},
+    ]
     assert run(compare, {**names, "decoder_std": 50.0}, patience=-297) == []
     said = capsys.readouterr().out
     assert "epochs = 2, seed = 1 failed: it took too long" in said
     assert "learning_rate = 5.0, seed = 0 failed: its loss did not stay finite" in said
-    assert "0 of 2 runs kept" in said
+    assert "seed = 0, z_dim = 14 failed: a cell set {'batch_size': 1}" in said
+    assert "0 of 3 runs kept" in said
     ((_, kernel, _),) = marks(1)
     assert is_over(kernel)
 
@@ -272,26 +284,72 @@ def test_workers_elsewhere_give_the_same_bits(here, names, cluster):
     (local, other), (remote,) = (
         vae_helpers.run_settings(
             {"seed": seeds}, names, digits, folder, scheduler, notebook=ROOT / "vae2.ipynb"
-        )
+        ).to_dict("records")
         for seeds, folder, scheduler in [([7, 8], "local", None), ([7], "remote", cluster[0])]
     )
-    assert local[0] == remote[0] == {"seed": 7}
-    assert local[1] == remote[1] == {**other[1], "seed": 7}
-    assert local[2]["data"] == digits.name
-    assert local[2]["data_digest"] == digits.digest
-    for results in (local[2], remote[2], other[2]):
+    assert local["change"] == remote["change"] == {"seed": 7}
+    assert local["data"] == digits.name
+    assert local["data_digest"] == digits.digest
+    for results in (local, remote, other):
         assert results.pop("seconds") > 0
-    assert local[2] == remote[2] != other[2]
-    np.testing.assert_array_equal(local[3], remote[3])
-    (path,) = Path("remote").glob("[!.]*")
-    assert (Path("local") / path.name).exists()
+    np.testing.assert_array_equal(local["digits"], remote["digits"])
+    assert local["vae_loss"] == remote["vae_loss"] != other["vae_loss"]
+    path = Path("remote", local["folder"].name)
+    assert path == remote["folder"]
     kept = vae_helpers.load_run(path)  # whole, as a folder of `output_dir`
-    assert kept.hyperparameters == remote[1]
-    np.testing.assert_array_equal(kept.samples, remote[3])
+    own = names.keys() & remote.keys() - {"data_path", "output_dir"}
+    assert all(kept.hyperparameters[name] == remote[name] for name in own)
+    np.testing.assert_array_equal(kept.samples[-1], remote["digits"])
+    executed = nbformat.read(path / "vae2.ipynb", as_version=4)  # with all its figures
+    assert sum(len(pictures(cell)) for cell in executed.cells) >= 9
 
 
-def test_the_cells_show_a_figure_and_a_table(here, names):
+BETA = """
+classification_loss = tf.nn.sparse_softmax_cross_entropy_with_logits
+def kl_loss(z_mean, z_log_var):
+    return beta * tf.reduce_sum(tf.square(z_mean) + tf.exp(z_log_var) - z_log_var - 1, axis=1) / 2
+"""
+
+
+def test_a_name_of_ones_own_in_a_copy_without_ids_is_compared(here, names, tiny, capsys):
+    cells = nbformat.from_dict(NOTEBOOK).cells
+    for cell in cells:
+        if cell.id == "parameters":
+            cell.source += "\nbeta = 4.0"
+        if cell.id == "loss":
+            cell.source += BETA
+        del cell["id"]
+    metadata = NOTEBOOK.metadata
+    copy = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 4}
+    Path("vae2-Copy1.ipynb").write_text(json.dumps(copy))
+    own = {**names, **tiny, "beta": 4.0, "In": ["data_path, seed = None, 0\nbeta = 4.0"]}
+    own["In"] = ["data_path = None\nseed = 0\nbeta = 4.0"]
+    data = vae_helpers.load_mnist(tiny["data_path"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JPY_SESSION_NAME", str(here / "vae2-Copy1.ipynb"))
+        runs = vae_helpers.run_settings({"beta": [0.1, 9.0]}, own, data, "own")
+    assert "vae2-Copy1.ipynb" in capsys.readouterr().out
+    assert list(runs["beta"]) == [0.1, 9.0]
+    assert runs["vae_loss"].nunique() == 2
+    kept = [vae_helpers.load_run(folder).hyperparameters["beta"] for folder in runs["folder"]]
+    assert kept == [0.1, 9.0]
+
+
+def test_a_notebook_that_cannot_be_compared_is_named(here, names):
+    with pytest.raises(ValueError, match="nowhere.ipynb: no notebook .*`notebook`"):
+        run({"seed": [0]}, names, notebook="nowhere.ipynb")
+    for name, fault in (("compare", "run_settings"), ("parameters", "tagged parameters")):
+        cells = [nbformat.v4.new_code_cell(x, id=n) for n, x in STAND_IN.items() if n != name]
+        if name == "compare":
+            cells[0].metadata.tags = ["parameters"]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), "other.ipynb")
+        with pytest.raises(ValueError, match=f"other.ipynb: .*{fault}"):
+            run({"seed": [0]}, names, notebook="other.ipynb")
+
+
+def test_the_cell_shows_a_figure_and_a_table(here, names, monkeypatch):
     Path("stand-in.ipynb").rename("vae2.ipynb")
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     with Kernel(here) as kernel:
         kernel.execute(
             "import vae_helpers\nfrom IPython.display import display\n"
@@ -300,24 +358,22 @@ def test_the_cells_show_a_figure_and_a_table(here, names):
         )
         kernel.fetch("globals().update(names)", names=names)
         kernel.fetch("globals().update(data=vae_helpers.Digits(*digits))", digits=tuple(NOTHING))
-        kernel.run("compare")
-        assert printed(kernel.cell("compared")).count("\n") == 2
         kernel.run("compare", "compare")
-        kernel.execute("compare = {'z_dim': [3, 4], 'seed': [0, 2]}")
-        kernel.run("compared")
-        said = printed(kernel.cell("compared"))
-        figure, table = [o for o in kernel.cell("compared").outputs if "data" in o]
-        shown, measured = kernel.fetch("(table.to_dict(), [results for _, _, results, _ in runs])")
-        labels = kernel.fetch("labels")
-        kernel.execute("compare = [{}, {'z_dim': [3], 'batch_size': [9]}]")
-        kernel.run("compared")
-        assert kernel.fetch("labels") == ["", "batch_size = 9, z_dim = 3"]
-    assert set(labels) == {f"seed = {seed}, z_dim = {z_dim}" for seed in (0, 2) for z_dim in (3, 4)}
+        assert printed(kernel.cell("compare")) == "compare is {}: nothing to compare\n"
+        cell = kernel.cell("compare")
+        empty = "compare = {}"
+        cell.source = cell.source.replace(empty, "compare = {'z_dim': [3, 4], 'seed': [0, 2]}")
+        kernel.run("compare", "compare")
+        said = printed(cell)
+        figure, table = [o for o in cell.outputs if "data" in o]
+        summary = "vae_helpers.summarize_runs(runs)[1].to_dict()"
+        shown, measured = kernel.fetch(f"({summary}, runs.to_dict('records'))")
     workers = min(4, CPU_COUNT)
     for results in measured:  # each has its share of the cores
         assert results["TF_NUM_INTRAOP_THREADS"] == str(CPU_COUNT // workers)
         assert results["OMP_NUM_THREADS"] == str(CPU_COUNT // workers)
         assert results["images"] == 20
+    assert "Runs of vae2.ipynb" in said
     assert "not all with the same versions:\n{'stand-in': 0}\n{'stand-in': 1}\n" in said
     assert said.endswith("4 of 4 runs kept, beside 0 of other settings, data or code\n")
     assert "image/png" in figure.data
@@ -326,3 +382,18 @@ def test_the_cells_show_a_figure_and_a_table(here, names):
         vae_losses = [shown["vae_loss", measure][z_dim] for measure in ("mean", "min", "max")]
         assert vae_losses == [201, 200, 202]
         assert shown["accuracy", "mean"][z_dim] == 0.9
+
+
+def test_runs_are_labelled_by_what_was_changed():
+    digits, rest = np.zeros([10, 784]), {"accuracy": 1, "asked_digit_accuracy": 1, "seconds": 1}
+    rest |= {"data": "no digits", "digits": digits}
+    changes = [{}, {"z_dim": 3, "batch_size": 9}]
+    settings = [{"z_dim": 2, "batch_size": 10}, changes[1]]
+    rows = [
+        {**rest, **own, "change": change, "vae_loss": loss}
+        for own, change, loss in zip(settings, changes, (2.0, 1.0), strict=True)
+    ]
+    figure, table = vae_helpers.summarize_runs(pandas.DataFrame(rows))
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["z_dim = 3, batch_size = 9", "nothing changed"]
+    assert len(table) == 2

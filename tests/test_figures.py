@@ -1,7 +1,9 @@
 """Figures: what they show is what they were given."""
 
+import matplotlib
 import numpy as np
 import pytest
+from IPython.core.pylabtools import print_figure
 
 import vae_helpers
 
@@ -42,10 +44,10 @@ def test_losses_are_drawn_for_both_sets():
         assert (ax.get_xlabel(), ax.get_ylabel()) == ("epoch", "nats per image")
 
 
-def test_confusions_are_in_per_cent_of_each_row():
+def test_confusions_are_in_per_cent_of_each_row_and_errors_are_coloured():
     truth, read = [0, 0, 0, 0, 1, 9], [0, 0, 0, 1, 1, 8]
     figure = vae_helpers.plot_confusions(
-        {"one": ("true", truth, "read", read), "two": ("read", read, "true", truth)}, title="Both"
+        {"true": (truth, read), "asked for": (read, truth)}, title="Both"
     )
     shown = [[float(text.get_text() or 0) for text in ax.texts] for ax in figure.axes]
     one, two = np.reshape(shown, [2, 10, 10])
@@ -53,10 +55,52 @@ def test_confusions_are_in_per_cent_of_each_row():
     assert one[1, 1] == one[9, 8] == 100
     assert one.sum() == 300  # rows without any are 0
     assert two[1].tolist() == [50, 50, 0, 0, 0, 0, 0, 0, 0, 0]
-    titles = ["one: 66.67% the same", "two: 66.67% the same"]
-    assert [ax.get_title() for ax in figure.axes] == titles
-    labels = [(ax.get_ylabel(), ax.get_xlabel()) for ax in figure.axes]
-    assert labels == [("true", "read"), ("read", "true")]
+    coloured = figure.axes[0].images[0].get_array()
+    assert np.argwhere(coloured).tolist() == [[0, 1], [9, 8]]
+    assert [ax.get_title() for ax in figure.axes] == ["66.67% read right"] * 2
+    assert [ax.get_ylabel() for ax in figure.axes] == ["true", "asked for"]
+
+
+@pytest.mark.parametrize("epochs", [3, 40, 41, 1000])
+def test_a_grid_of_any_number_of_epochs_is_soon_drawn_and_small(epochs):
+    random = np.random.default_rng(0)
+    for finished in {0, 1, epochs // 2, epochs}:
+        samples = random.random([finished, 10, 784], np.float32) ** 3
+        figure = vae_helpers.plot_samples(samples, epochs, "noise")
+        rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        shown = [int(row.removeprefix("epoch ")) for row in rows]
+        assert len(shown) == min(epochs, 40)
+        assert shown == sorted(set(shown))
+        last = range(max(1, finished - 9), finished + 1)
+        assert set(last) <= set(shown)
+        tiles = figure.axes[0].images[0].get_array().reshape(len(shown), 28, 10, 28)
+        for row, epoch in enumerate(shown):
+            tile = tiles[row].swapaxes(0, 1).reshape(10, 784)
+            expected = samples[epoch - 1] if epoch <= finished else np.zeros([10, 784])
+            np.testing.assert_array_equal(tile, expected)
+
+
+def test_figures_are_the_same_whatever_a_person_has_set():
+    def drawn():
+        images = np.linspace(0, 1, 10 * 784).reshape(1, 10, 784)
+        history = {"vae_loss": [3, 2], "classification_loss": [1, 0.5]}
+        styles = np.random.default_rng(0).normal(size=[20, 3])
+        figures = (
+            vae_helpers.plot_digit_grid(images, title="Grid"),
+            vae_helpers.plot_losses(history, title="Losses"),
+            vae_helpers.plot_styles(styles, np.arange(20) % 10, title="Styles"),
+            vae_helpers.plot_confusions({"true": (np.arange(10), np.arange(10))}, title="All"),
+            vae_helpers.plot_handwriting(images[0, 0].reshape(28, 28), images[0, 0], images[0]),
+        )
+        return [print_figure(figure, "png") for figure in figures], vae_helpers.digits_png(images)
+
+    expected = drawn()
+    with matplotlib.rc_context({"image.origin": "lower", "axes.grid": True, "font.size": 20}):
+        assert drawn() == expected
+    with matplotlib.style.context("dark_background"):
+        assert drawn() == expected
+    with matplotlib.rc_context({"font.family": "monospace", "lines.linewidth": 9}):
+        assert drawn() == expected
 
 
 def test_styles_are_drawn_by_principal_components():

@@ -82,7 +82,7 @@ def picture(page, cell_id, nth=0):
 
 def widget_picture(page):
     """Return the source of the first picture beside the sliders."""
-    return cell(page, "play-show").locator(".jupyter-widgets img").first.get_attribute("src")
+    return cell(page, "play").locator(".jupyter-widgets img").first.get_attribute("src")
 
 
 def run_all(page):
@@ -132,7 +132,7 @@ def test_a_person_runs_the_notebook_in_jupyterlab(lab, page):
     expect(page.locator("[data-mime-type='application/vnd.jupyter.error']")).to_have_count(0)
 
     # A slider is moved, another digit chosen, a new style drawn: the pictures follow.
-    play = cell(page, "play-show")
+    play = cell(page, "play")
     play.scroll_into_view_if_needed()
     expect(play.locator(".widget-slider").first).to_be_visible()
     for act in (
@@ -169,7 +169,7 @@ def test_notebook_7_shows_all_figures_and_the_sliders(lab, page):
     expect(page.locator("[data-mime-type='application/vnd.jupyter.error']")).to_have_count(0)
     for figure in FIGURES:
         expect(cell(page, figure).locator(".jp-RenderedImage img")).to_have_count(1)
-    play = cell(page, "play-show")
+    play = cell(page, "play")
     play.scroll_into_view_if_needed()
     expect(play.locator(".widget-slider").first).to_be_visible()
     expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")).to_be_visible()
@@ -186,7 +186,7 @@ def test_html_shows_all_figures_in_place_of_sliders(page, tmp_path):
     (tmp_path / "vae2.html").write_text(html)
     page.route(re.compile("^https?://"), lambda route: route.abort())  # MathJax: no network here
     page.goto((tmp_path / "vae2.html").as_uri())
-    assert {"train", "play-show"} <= set(FIGURES)
+    assert {"train", "play"} <= set(FIGURES)
     for figure in FIGURES:
         image = page.locator(f"[id='cell-id={figure}'] .jp-RenderedImage img")
         expect(image).to_be_visible()

@@ -1,7 +1,6 @@
 """What only real kernels can show: messages, interrupts, deaths, the same twice."""
 
 import asyncio
-import json
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from conftest import (
     CODE_CELLS,
     RESULT_CELLS,
     SMALL,
-    TINY,
     Kernel,
     Notebook,
     notebook_with,
@@ -24,7 +22,7 @@ from conftest import (
 )
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from test_reruns import assert_consistent
-from test_results import KEEP, keep
+from test_results import keep
 
 import vae_helpers
 
@@ -63,11 +61,11 @@ def shown(notebook):
             ),
         ]
         for cell in notebook.cells
-        if cell.id in CODE_CELLS and cell.id not in ("train", "measures", "keep", "load")
+        if cell.id in CODE_CELLS and cell.id not in ("train", "results", "keep")
     }
 
 
-TRAINED = "(dict(history), np.asarray(samples), [w for n in networks for w in n.get_weights()])"
+TRAINED = "(history, np.asarray(samples), [w for n in networks for w in n.get_weights()])"
 
 
 def assert_same(trained, expected):
@@ -104,25 +102,22 @@ def test_all_result_cells_again_show_the_same(kernel):
 def test_kept_networks_draw_the_same_in_a_new_kernel_whose_death_leaves_no_part(kernel, tmp_path):
     folder = tmp_path / "ein Lauf ☃" / "1"
     keep(kernel, folder)
-    assert {path.stem for path in folder.iterdir()} == KEEP
-    history = json.loads((folder / "history.json").read_text())
-    assert history == kernel.fetch("dict(history)")
-    settings = json.loads((folder / "hyperparameters.json").read_text())
-    assert settings["hidden_layers"] == TINY["hidden_layers"]
-    kernel.run("load", "load")
-    images = kernel.fetch("generate(kept_z, np.eye(10))")
-    samples = kernel.fetch("samples")
-    with Kernel() as new:
+    trained_with = kernel.fetch("trained_with")
+    drawn = "{}.predict([np.ones([10, {}]), np.eye(10)], verbose=0)"
+    images = kernel.fetch(drawn.format("decoder", "z_dim"))
+    with Kernel(KERAS_BACKEND="jax") as new:  # the cell that loads needs no other one
         new.execute(f"output_dir = {str(folder)!r}")
         new.run("load", "load")
-        np.testing.assert_array_equal(new.fetch("kept_images"), images)
-        np.testing.assert_array_equal(new.fetch("kept.samples"), samples)
-        assert "image/png" in new.cell("load").outputs[-1].data
+        assert not printed(new.cell("load"))
+        new.execute("import numpy as np")
+        kept = new.fetch(drawn.format("kept.decoder", "kept.hyperparameters['z_dim']"))
+        np.testing.assert_array_equal(kept, images)
+        assert new.fetch("kept.hyperparameters") == trained_with
         again = tmp_path / "2"
         new.execute("import os\nos.replace = lambda *paths: os._exit(9)")
         with pytest.raises(DeadKernelError):
-            new.execute(f"vae_helpers.save_run({str(again)!r}, kept)")
-    assert [path.name[:12] for path in again.iterdir()] == [".unfinished-"]
+            new.execute(f"vae_helpers.save_run({str(again)!r}, [kept.decoder], kept.samples)")
+    assert not [path for path in again.iterdir() if not path.name.startswith(".")]
 
 
 def test_two_kernels_at_once_in_a_folder_with_an_odd_name_show_the_same(kernel, tiny, tmp_path):
@@ -140,7 +135,9 @@ def test_two_kernels_at_once_in_a_folder_with_an_odd_name_show_the_same(kernel, 
         assert process.returncode == 0, errors
     runs = [nbformat.read(folder / f"run{n}.ipynb", as_version=4) for n in (1, 2)]
     expected = shown(kernel.notebook)
-    assert sum(len(contents) > 1 for contents in expected.values()) >= 10
+    figures = {name for name, contents in expected.items() if len(contents) > 1}
+    assert figures >= {"data", "losses", "infer", "generate", "handwriting", "traversals"}
+    assert figures >= {"styles", "judge", "play"}
     assert shown(runs[0]) == shown(runs[1]) == expected
     grids = [pictures(cell) for run in runs for cell in run.cells if cell.id == "train"]
     assert grids == [pictures(kernel.cell("train"))] * 2
@@ -148,14 +145,22 @@ def test_two_kernels_at_once_in_a_folder_with_an_odd_name_show_the_same(kernel, 
     kept_networks = (kept.encoder, kept.digit_classifier, kept.decoder)
     weights = [weight for network in kept_networks for weight in network.get_weights()]
     assert_same((kept.history, kept.samples, weights), kernel.fetch(TRAINED))
-    files = sorted(path.name for path in (folder / "läuft hier").iterdir())
-    networks = ["decoder.keras", "digit_classifier.keras", "encoder.keras"]
-    texts = ["history.json", "hyperparameters.json", "results.json"]
-    assert files == [*networks, *texts, "samples.npz"]
+    assert [path.name for path in (folder / "läuft hier").iterdir()] == ["run.zip"]
 
 
-def interrupt_after(kernel, said, times=1, pause=0):
-    """Send the kernel a real interrupt request, `pause` seconds after the training cell said this.
+# Training, which says when it is in the middle of an epoch.
+STEPS_COUNTED = """
+compiled_steps, calls = train_steps, []
+def train_steps(*arguments):
+    calls.append(arguments)
+    if len(calls) == 4:  # the first one takes no step
+        print("third part")
+    return compiled_steps(*arguments)
+"""
+
+
+def interrupt_after(kernel, said, times=1):
+    """Send the kernel a real interrupt request as soon as the training cell has said this.
 
     Returns the thread that waits for it, and a list that will hold when the request was sent.
     """
@@ -165,7 +170,6 @@ def interrupt_after(kernel, said, times=1, pause=0):
     def wait_and_interrupt():
         while printed(kernel.cell("train")).count(said) < times:
             time.sleep(0.05)
-        time.sleep(pause)
         asked.append(time.monotonic())
         asyncio.run(kernel.client.km.interrupt_kernel())
 
@@ -187,7 +191,7 @@ def test_interrupt_ends_training_at_the_last_finished_epoch(kernel, tiny):
     kernel.execute("epochs = 2")
     kernel.run("train", "train")
     assert [len(values) for values in kernel.fetch("list(history.values())")] == [2] * 8
-    assert "Stopped" not in printed(kernel.cell("train"))
+    assert "Interrupted" not in printed(kernel.cell("train"))
 
 
 def test_interrupt_ends_a_long_epoch_within_three_seconds(kernel, small_arrays, tmp_path):
@@ -198,11 +202,13 @@ def test_interrupt_ends_a_long_epoch_within_three_seconds(kernel, small_arrays, 
     kernel.run("parameters", "epoch", **long)
     weights = "hash(tuple(w.tobytes() for network in networks for w in network.get_weights()))"
     untrained = kernel.fetch(weights)
-    _, asked = interrupt_after(kernel, "compiled in", pause=3)  # an epoch takes minutes
+    kernel.execute(STEPS_COUNTED)
+    _, asked = interrupt_after(kernel, "third part")  # of an epoch that takes minutes
     kernel.run("train", "train")
     assert time.monotonic() - asked[0] < 3
     said = printed(kernel.cell("train"))
-    assert "Interrupted: back to the last finished epoch.\nStopped after 0 of 3" in said
+    assert "Interrupted. Back to the last finished epoch" in said
+    assert "epoch  1/" not in said
     # Some steps were taken, and they are undone.
     assert kernel.fetch("int(optimizer.iterations)") > 0
     assert kernel.fetch(weights) == untrained
@@ -211,6 +217,4 @@ def test_interrupt_ends_a_long_epoch_within_three_seconds(kernel, small_arrays, 
 def test_a_missing_helper_is_said_in_one_sentence(tmp_path):
     with Kernel(tmp_path) as kernel, pytest.raises(CellExecutionError) as error:
         kernel.run(last="setup")
-    assert "put vae_helpers.py, from this notebook's repository, into its folder" in str(
-        error.value
-    )
+    assert "stands beside the notebook: the kernel must start there" in str(error.value)
