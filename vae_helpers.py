@@ -9,6 +9,7 @@ import ast
 import asyncio
 import contextlib
 import functools
+import gc
 import gzip
 import hashlib
 import io
@@ -355,6 +356,7 @@ def report_epoch(epoch, epochs, result):
     if not np.isfinite(list(result.values())).all():
         advice = "lower learning_rate or clip_norm."
         raise FloatingPointError(f"The loss of epoch {epoch} is not finite: {advice}")
+    gc.collect()  # figures of former epochs
     print(
         f"epoch {epoch:2}/{epochs}  VAE loss {result['vae_loss']:.1f}  "
         f"classification loss {result['classification_loss']:.3f}  "
