@@ -123,7 +123,7 @@ def test_the_judge_reads_and_is_counted_right(notebook):
     assert np.bincount(asked_digits).tolist() == [1000] * 10
     assert asked == np.mean(asked_digits == read_asked)
     images = "generate(asked_styles[:20], np.eye(10)[asked_digits[:20]])"
-    judged = notebook.fetch(f"judge.predict({images}).argmax(axis=1)")
+    judged = notebook.fetch(f"judge.predict(255 * {images}).argmax(axis=1)")
     np.testing.assert_array_equal(judged, read_asked[:20])
 
 
