@@ -5,7 +5,6 @@ long to start are imported where they are used. Images are [N, 784]: 28·28 grey
 0, to ink, 1 (in `Digits` 255).
 """
 
-import ast
 import asyncio
 import contextlib
 import functools
@@ -16,8 +15,10 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import warnings
@@ -35,9 +36,9 @@ import pydantic
 import requests
 from matplotlib import colormaps, rcParams
 from matplotlib.image import imsave
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from scipy import ndimage
+from scipy import ndimage, spatial
 
 SIDE = 28  # pixels along one side of an image
 PIXELS = SIDE * SIDE
@@ -47,35 +48,27 @@ DIGITS = 10  # classes
 
 
 @contextlib.contextmanager
-def quiet():
-    """Discard what C++ code, and other processes, write to file descriptor 2.
-
-    A kernel still shows Python's own warnings and errors: they take another way.
-    """
-    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(devnull)
-
-
-@contextlib.contextmanager
 def quiet_start():
     """Let Keras run on TensorFlow, and be quiet while they are imported, whatever the log level.
 
-    TensorFlow complains of missing GPU drivers (tensorflow/tensorflow#100442).
+    What C++ code and other processes write to file descriptor 2 is discarded; TensorFlow complains
+    there of missing GPU drivers (tensorflow/tensorflow#100442). A kernel still shows Python's own
+    warnings and errors: they take another way.
     """
     os.environ.update(KERAS_BACKEND="tensorflow", TF_CPP_MIN_LOG_LEVEL="1")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # so that runs share a GPU
-    with quiet():
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as devnull:
+        os.dup2(devnull.fileno(), 2)
+    try:
         yield
         import tensorflow as tf
 
         tf.config.list_logical_devices()  # looks for devices now, and complains now
         tf.get_logger().setLevel("ERROR")  # that `predict` is traced anew is no news
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 # Settings
@@ -112,7 +105,7 @@ class Hyperparameters(pydantic.BaseModel):
 
 @functools.cache
 def _keras_names(kind):
-    """Return the names of Keras' activations that keep a layer's width, or of its optimizers."""
+    """Return the names of Keras' optimizers, or of its activations that keep a layer's width."""
     import keras
 
     module, names, ones = getattr(keras, kind), set(), np.ones([1, 2], np.float32)
@@ -122,17 +115,6 @@ def _keras_names(kind):
             if kind == "optimizers" or found(ones).shape == ones.shape:
                 names.add(name)
     return tuple(sorted(names))
-
-
-def _assigned(sources):
-    """Return the names that were assigned in the cell that was last run of hyperparameters."""
-    for source in reversed(sources):
-        with contextlib.suppress(SyntaxError):  # in a cell with magics
-            targets = [t for node in ast.parse(source).body for t in getattr(node, "targets", [])]
-            assigned = {target.id for target in targets if isinstance(target, ast.Name)}
-            if {"data_path", "seed"} <= assigned:
-                return assigned
-    return set()
 
 
 def check_hyperparameters(names, image_count=None):
@@ -147,32 +129,31 @@ def check_hyperparameters(names, image_count=None):
     import keras
 
     if {keras.config.floatx(), keras.config.dtype_policy().name} != {"float32"}:
-        raise ValueError(
-            "This notebook is for float32, to which Keras is not set: run keras.config.set_floatx"
-            "('float32'); keras.config.set_dtype_policy('float32')"
-        )
+        message = "Keras must compute in float32: keras.config.set_floatx('float32'); "
+        raise ValueError(message + "keras.config.set_dtype_policy('float32')")
     most = Field(gt=0, le=image_count, description="the number of training images")
     model = pydantic.create_model(
         "Checked",
         __base__=Hyperparameters,
-        batch_size=(int, most) if image_count else PositiveInt,
+        batch_size=(int, most),
         activation=Literal[_keras_names("activations")],
         optimizer_name=Literal[_keras_names("optimizers")],
         likelihood=Literal[tuple(names["likelihoods"])] if "likelihoods" in names else str,
     )
-    known = model.model_fields.keys() | _assigned(names.get("In", []))
+    cells = [set(re.findall(r"^(\w+) *=", cell, re.M)) for cell in names.get("In", [])]
+    known = [model.model_fields, *(cell for cell in cells if {"data_path", "seed"} <= cell)]
     try:
-        checked = model(**{name: names[name] for name in known if name in names})
+        chosen = {*model.model_fields, *known[-1]} & names.keys()
+        return model(**{name: names[name] for name in chosen}).model_dump()
     except pydantic.ValidationError as error:
         lines = []
         for fault in error.errors():
-            name, *index = fault["loc"]
-            value = "" if fault["type"] == "missing" else f" = {fault['input']!r:.80}"
-            field = model.model_fields.get(name) if "than" in fault["type"] else None
-            why = f" ({field.description})" if field and field.description else ""
-            lines.append(f"{name}{index or ''}{value}: {fault['msg']}{why}")
+            name = fault["loc"][0]
+            value = f" = {names[name]!r:.80}" if name in names else ""
+            reason = getattr(model.model_fields.get(name), "description", None)
+            why = f" ({reason})" if reason and "than" in fault["type"] else ""
+            lines.append(f"{name}{value}: {fault['msg']}{why}")
         raise ValueError("\n".join(lines)) from None
-    return checked.model_dump()
 
 
 # Data
@@ -330,8 +311,8 @@ def snapshot(owners):
 
 
 @contextlib.contextmanager
-def ending_early():
-    """Let an interrupt of the kernel or a FloatingPointError end a block, said and not raised.
+def ending_early(then="Back to the last finished epoch; run this cell again to start afresh."):
+    """Let an interrupt of the kernel or a FloatingPointError end a block: said, and `then`.
 
     Yields a function that raises KeyboardInterrupt if there was an interrupt (Jupyter's button,
     Ctrl-C): Python would raise it anywhere, and so lose it where it falls into a callback.
@@ -346,7 +327,7 @@ def ending_early():
     try:
         yield raise_if_interrupted
     except (KeyboardInterrupt, FloatingPointError) as error:
-        print(error, "Back to the last finished epoch; run this cell again to start afresh.")
+        print(error, then)
     finally:
         signal.signal(signal.SIGINT, previous_handler)
 
@@ -543,70 +524,85 @@ def plot_confusions(readings, *, title=None):
 PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
-def read_handwriting(path):
-    """Read a photograph or scan of one digit and put the digit into MNIST's framing.
+def digits_png(images):
+    """Return images [rows, columns, 784] in [0, 1], side by side, as a PNG file in memory."""
+    file = io.BytesIO()
+    imsave(file, _tile(images), format="png", **{**INK, "cmap": "gray_r"})
+    return file
 
-    The ink may be dark on light or light on dark, the light uneven, the picture of any size.
-    Left out are specks, and what runs to the edge if there is ink elsewhere: margin lines, tables.
+
+def read_handwriting(path):
+    """Read a photograph or scan of one digit on plain ground into MNIST's framing.
+
+    The ink may be dark on light or light on dark, the light uneven, the pen thin, the picture of
+    any size, cut out close to the ink or transparent. Left out are specks, and what runs to the
+    edge if there is ink elsewhere: margin lines, tables. What is no single digit is refused.
 
     Args:
         path: a picture file, or a binary file that is open for reading.
 
     Returns:
-        photograph: float32 [height, width] in [0, 1], grey, upright, at most 400 pixels long.
+        photograph: a grey Pillow image, upright, its longer side of 300 pixels.
         image: float32 [784] in [0, 1], from paper to ink: the ink, black on white, scaled with
             anti-aliasing to fit a box of 20×20 pixels, its centre of mass amid 28×28.
 
     Raises:
-        ValueError: the file is no readable picture, has more than 89 million pixels or several
-            frames, or there is no ink in it. The message names it and what is wrong.
+        ValueError: names the file and says what is wrong: it is no readable picture, has more than
+            89 million pixels or several frames, or shows no ink, or more than one digit, a filled
+            area, a line from edge to edge, or something wider than a digit.
 
     Source:
         Yann LeCun, Corinna Cortes and Christopher J. C. Burges, "The MNIST database of
         handwritten digits", 1998, for the framing.
     """
     try:
-        photograph = _read_photograph(path)
-        return photograph, _frame(_find_ink(photograph))
+        grey = _read_photograph(path)
+        return Image.fromarray(np.uint8(255 * grey)), _frame(_find_ink(grey))
     except Exception as error:  # damaged bytes make Pillow fail in many ways
         raise ValueError(f"{path}: not a readable photograph of a digit: {error}") from error
 
 
 def _read_photograph(path):
-    """Read a picture file, grey values from 0 to 1: float32 [height, width]."""
+    """Read a picture file, grey values in [0, 1]: float32 [height, width], the longer 300."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        picture = Image.open(path, formats=PICTURE_FORMATS)
+        try:
+            picture = Image.open(path, formats=PICTURE_FORMATS)
+        except UnidentifiedImageError:
+            formats = ", ".join(PICTURE_FORMATS)
+            raise ValueError(f"none of {formats}; save HEIC, of a telephone, as JPEG") from None
     with picture:
-        frames = getattr(picture, "n_frames", 1)
-        if frames > 1 and picture.format != "MPO":  # a telephone's, with a preview behind it
-            raise ValueError(f"it holds {frames} pictures, not one")
+        if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # with a preview
+            raise ValueError(f"it holds {picture.n_frames} pictures, not one")
         deep = picture.mode[0] in "IF"  # more than 8 bits, from and to any value
         upright = ImageOps.exif_transpose(picture).convert("F" if deep else "RGBA")
-    upright.thumbnail((400, 400), Image.Resampling.BOX)
-    if not deep:
-        paper = Image.new("RGBA", upright.size, "white")  # behind what is transparent
-        upright = Image.alpha_composite(paper, upright).convert("L")
-    grey = np.asarray(upright, np.float32)
-    if not deep:
-        return grey / 255
-    return (grey - grey.min()) / max(np.ptp(grey), np.finfo(np.float32).tiny)
+    bands = (upright if deep else upright.convert("LA")).split()
+    bands = [ImageOps.contain(band, (300, 300), Image.Resampling.BILINEAR) for band in bands]
+    grey, opacity = (np.nan_to_num(np.float32(bands[i])) for i in (0, -1))
+    if deep:
+        return (grey - grey.min()) / max(np.ptp(grey), np.finfo(np.float32).tiny)
+    behind = 255 * (np.sum(grey * opacity) < 127 * np.sum(opacity))  # what is transparent
+    return (behind + (grey - behind) * opacity / 255) / 255
 
 
 def _find_ink(photograph):
-    """Tell ink from paper in a photograph [height, width]: bool [height, width]."""
-    # Paper is what most of the neighbourhood looks like: a median, on a small copy, to be fast.
-    small = Image.fromarray(photograph)
-    small.thumbnail((32, 32), Image.Resampling.BOX)
-    small = np.asarray(small)
-    paper = ndimage.median_filter(small, 19)
-    # Ink stands out more than the edges of shadows do, in cubes of orders of magnitude.
-    sign = np.sign(np.sum(np.log((small + 0.05) / (paper + 0.05)) ** 3))  # −1: dark ink
-    paper = Image.fromarray(paper).resize(photograph.shape[::-1], Image.Resampling.BILINEAR)
-    # As shares of the paper's light, strokes in the shade stand out like others.
-    contrast = sign * (photograph - paper) / np.maximum(paper, 0.05)
-    contrast = ndimage.gaussian_filter(contrast, 1)
-    if not contrast.max() >= 0.1:  # or not a number
+    """Tell ink from ground in a photograph [height, width]: bool [height, width]."""
+    # The ground is a plane through most of the outermost pixels, by least absolute deviations.
+    terms = np.stack([np.ones_like(photograph), *np.indices(photograph.shape) / 300], axis=-1)
+    rim = np.ones(photograph.shape, bool)
+    rim[3:-3, 3:-3] = False
+    weights = np.ones(rim.sum())
+    for _ in range(20):
+        plane = np.linalg.lstsq(terms[rim] * weights[:, None], photograph[rim] * weights)[0]
+        weights = (0.01 + abs(terms[rim] @ plane - photograph[rim])) ** -0.5
+    ground = terms @ plane
+    if np.sum((photograph - ground) ** 5) > 0:  # light ink on dark ground
+        photograph, ground = 1 - photograph, 1 - ground
+    shaded = ndimage.grey_closing(ndimage.gaussian_filter(photograph, 1), 100)  # without strokes
+    ground = np.where(shaded > ground / 2, shaded, ground)
+    # As shares of the ground's light, strokes in the shade stand out like others.
+    contrast = ndimage.gaussian_filter((ground - photograph) / np.maximum(ground, 0.1), 1)
+    if not contrast.max() >= 0.1:
         raise ValueError("nothing is written on it, all of it is nearly one grey")
     ink = contrast > contrast.max() / 2
     strokes, count = ndimage.label(contrast > contrast.max() / 4, np.ones([3, 3]))
@@ -614,9 +610,25 @@ def _find_ink(photograph):
     inner = sizes.copy()
     for edge in (strokes[0], strokes[-1], strokes[:, 0], strokes[:, -1]):
         inner[edge] = 0
-    if inner.sum() > 0.1 * sizes.sum():
-        sizes = inner
-    return ink & (sizes > sizes.max() / 20)[strokes]
+    sizes = inner if inner.sum() > 0.1 * sizes.sum() else sizes
+    ink &= (sizes > sizes.max() / 20)[strokes]
+    extent = np.ptp(np.nonzero(ink), axis=1) + 1  # height, width
+    side, spare = max(extent), ink.shape - extent
+    thickness = 2 * ndimage.distance_transform_edt(np.pad(ink, 1)).max()
+    thick = thickness > 0.28 * side
+    distance = ndimage.distance_transform_edt(~np.pad(ink, side // 8))
+    parts = ndimage.find_objects(ndimage.label(distance < side / 20)[0])
+    large = [y.stop - y.start > 0.35 * side or x.stop - x.start > 0.7 * side for y, x in parts]
+    for wrong, is_so in {
+        "more than one digit is written on it": sum(large) > 1,
+        "it shows a filled area, no strokes": thick
+        and ink.sum() > 0.88 * spatial.ConvexHull(np.argwhere(ink)).volume,
+        "what is written on it is wider than a digit": extent[1] > 1.4 * extent[0],
+        "a line on it runs from edge to edge": spare.min() == 0 and spare.max() > side / 4,
+    }.items():
+        if is_so:
+            raise ValueError(wrong)
+    return distance <= max(0, side / 12 - thickness) / 2  # a thin pen's strokes grown
 
 
 def _frame(ink):
@@ -625,57 +637,10 @@ def _frame(ink):
     pixel = (max(np.ptp(rows), np.ptp(columns)) + 1) / 20  # of the result, in pixels of the ink
     margin = SIDE * math.ceil(pixel)
     # MNIST's centres of mass are in the middle of the 15th pixel.
-    left = columns.mean() + 0.5 + margin - 14.5 * pixel
-    top = rows.mean() + 0.5 + margin - 14.5 * pixel
-    field = (left, top, left + SIDE * pixel, top + SIDE * pixel)
+    corner = np.array([columns.mean(), rows.mean()]) + 0.5 + margin - 14.5 * pixel
     paper = Image.fromarray(np.pad(ink, margin).astype(np.float32))
-    framed = paper.resize((SIDE, SIDE), Image.Resampling.BILINEAR, field)
-    return np.asarray(framed).reshape(SIDE * SIDE)
-
-
-def as_photograph(image):
-    """Return a PNG file that shows an image [784] as a photograph would: enlarged and inverted."""
-    grey = Image.fromarray(np.uint8(255 * (1 - image.reshape(SIDE, SIDE))))
-    file = io.BytesIO()
-    grey.resize((280, 280)).save(file, "PNG")
-    return file
-
-
-@in_plain_style
-def plot_handwriting(photograph, image, all_digits, *, title=None):
-    """Return a Figure of a photograph, its digit framed and all ten digits in its style.
-
-    Args:
-        photograph: [height, width] in [0, 1], grey.
-        image: [784] in [0, 1], the digit in MNIST's framing.
-        all_digits: [10, 784] in [0, 1], the digits 0 to 9.
-        title: of the figure, or `None`.
-    """
-    figure = Figure(figsize=(9, 2.5), layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=[2, 2, 5])
-    left.imshow(photograph, cmap="gray", vmin=0, vmax=1, origin="upper")
-    left.set_title("photograph", fontsize="medium")
-    left.set_axis_off()
-    plot_digit_grid(image[None, None], column_labels=[""], title="in MNIST's framing", ax=middle)
-    plot_digit_grid(
-        all_digits.reshape(2, 5, -1),
-        row_labels=["0 to 4", "5 to 9"],
-        column_labels=[""] * 5,
-        title="all digits in its style",
-        ax=right,
-    )
-    figure.suptitle(title, fontsize="medium")
-    return figure
-
-
-# Playing
-
-
-def digits_png(images):
-    """Return images [rows, columns, 784], side by side, as the bytes of a PNG file."""
-    file = io.BytesIO()
-    imsave(file, _tile(images), format="png", **{**INK, "cmap": "gray_r"})
-    return file.getvalue()
+    field = (*corner, *(corner + SIDE * pixel))
+    return np.ravel(paper.resize((SIDE, SIDE), Image.Resampling.BILINEAR, field))
 
 
 # Keeping a run
@@ -738,6 +703,13 @@ def load_run(folder, custom_objects=None):
 
 # Comparing settings
 
+# The last cell of a compared run: what it gives is of the settings asked for, or nothing.
+CHECK_RUN = """
+wrong = {name: trained_with[name] for name in asked if trained_with[name] != asked[name]}
+assert not wrong, f"a cell set {wrong}, other than asked"
+assert len(samples) == epochs, "its loss did not stay finite"
+"""
+
 
 def run_settings(compare, names, data, folder, scheduler=None, notebook=None, patience=60):
     """Run a notebook as saved, up to the cell that calls this, with each combination of settings.
@@ -769,8 +741,8 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook=None, pa
 
     here = os.environ.get("JPY_SESSION_NAME") or names.get("__vsc_ipynb_file__") or "vae2.ipynb"
     notebook, folder = Path(notebook or here).expanduser(), Path(folder).expanduser()
-    fixed, runs = {"data_path": None, "output_dir": None}, {}
     code = json.dumps([_cells_to_run(notebook), Path(__file__).read_text("utf-8")])
+    fixed, runs = {"data_path": None, "output_dir": None}, {}
     for change in ParameterGrid(compare):
         settings = check_hyperparameters({**names, **change, **fixed}, len(data.x_train))
         if wrong := change.keys() - (settings.keys() - fixed):
@@ -779,17 +751,14 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook=None, pa
         runs[folder / hashlib.sha256(content.encode()).hexdigest()[:16]] = (change, settings)
     print(f"Runs of {os.path.relpath(notebook)}")
     if missing := {path: run for path, run in runs.items() if not path.exists()}:
-        try:
-            _run_missing(missing, code, data, folder, scheduler, patience)
-        except OSError as error:
-            raise OSError(f"{error}: {folder} keeps what is done; run this again") from error
+        with ending_early("What is done is kept; run this cell again to go on.") as check:
+            _run_missing(missing, code, data, folder, scheduler, patience, check)
     rows = []
-    for path, (change, settings) in runs.items():
-        if path.exists():
-            with zipfile.ZipFile(path / "run.zip") as archive:
-                digits = np.load(io.BytesIO(archive.read("samples.npy")))[-1]
-                results = json.loads(archive.read("results.json")) | {"data": data.name}
-            rows.append({**settings, **results, "folder": path, "change": change, "digits": digits})
+    for path in filter(Path.exists, runs):
+        with zipfile.ZipFile(path / "run.zip") as archive:
+            digits = np.load(io.BytesIO(archive.read("samples.npy")))[-1]
+            row = json.loads(archive.read("results.json")) | runs[path][1] | {"data": data.name}
+        rows.append({**row, "folder": path, "change": runs[path][0], "digits": digits})
     if len(versions := {str(row["versions"]) for row in rows}) > 1:
         print("not all with the same versions:", *sorted(versions), sep="\n")
     others = len(list(folder.glob("[!.]*"))) - len(rows)
@@ -826,40 +795,35 @@ def _label(change):
 def _cells_to_run(notebook):
     """Return the sources of code cells up to the one that compares, `None` for the parameters."""
     try:
-        cells = json.loads(notebook.read_text("utf-8"))["cells"]
+        cells, sources = json.loads(notebook.read_text("utf-8"))["cells"], []
     except (OSError, ValueError, KeyError) as error:
         message = f"{notebook}: no notebook to compare; say which with `notebook` ({error})"
         raise ValueError(message) from error
-    sources, code = [], [cell for cell in cells if cell["cell_type"] == "code"]
-    for cell in code:
+    for cell in cells:
         tags, source = cell["metadata"].get("tags", []), "".join(cell["source"])
-        if "run_settings(" in source:
-            break
-        if "injected-parameters" not in tags:  # of papermill: a former run's
+        if cell["cell_type"] == "code" and "run_settings(" in source:
+            if sources.count(None) != 1:
+                raise ValueError(f"{notebook}: not one cell before that is tagged parameters")
+            return sources
+        if cell["cell_type"] == "code" and "injected-parameters" not in tags:  # by papermill
             sources.append(None if "parameters" in tags else source)
-    else:
-        raise ValueError(f"{notebook}: it has no cell that calls run_settings")
-    if sources.count(None) != 1:
-        raise ValueError(f"{notebook}: not one cell before that is tagged parameters")
-    return sources
+    raise ValueError(f"{notebook}: it has no cell that calls run_settings")
 
 
-def _run_missing(runs, code, data, folder, scheduler, patience):
+def _run_missing(runs, code, data, folder, scheduler, patience, raise_if_interrupted):
     """Run changes and settings, by the folders for the runs, on Dask workers; keep what is done."""
     from dask.system import CPU_COUNT
     from distributed import Client, LocalCluster
     from distributed.diagnostics.plugin import UploadFile
+    from tqdm import tqdm
 
-    began, done, interrupts = set(), 0, []
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
-        stack.callback(signal.signal, signal.SIGINT, handler)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".", dir=folder)))
         bundle = f"vae2{scratch.name}.npz"  # a copy of MNIST with the code in it
         images = {x: getattr(data, x).reshape(-1, SIDE, SIDE) for x in ("x_train", "x_test")}
         np.savez_compressed(scratch / bundle, **{**data._asdict(), **images}, code=code)
-        stack.enter_context(quiet())  # of workers, as they are interrupted or end
+        stack.enter_context(quiet_start())  # of workers, as they are interrupted or end
         if scheduler is None:
             workers = min(len(runs), CPU_COUNT)
             threads = ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
@@ -868,40 +832,38 @@ def _run_missing(runs, code, data, folder, scheduler, patience):
             scheduler = stack.enter_context(LocalCluster(n_workers=workers, env=env, **options))
         client = stack.enter_context(Client(scheduler))
         client.register_plugin(UploadFile(scratch / bundle, load=False), name=bundle)
+        began, task = set(), _task(bundle, patience)
         client.subscribe_topic(bundle, lambda event: began.add(event[1]))
-        start, task = time.monotonic(), _task(bundle, patience)
         waiting = {client.submit(task, run[1], retries=2): path for path, run in runs.items()}
-        while waiting and not interrupts:
+        bar = stack.enter_context(tqdm(total=len(runs), unit="run", ncols=99, file=sys.stdout))
+        while waiting:
             time.sleep(0.5)
+            raise_if_interrupted()
             if client.status != "running":
-                raise ConnectionError("the scheduler is gone")
+                raise ConnectionError(f"the scheduler is gone; {folder} keeps what is done")
             for future in [future for future in waiting if future.done()]:
                 path = waiting.pop(future)
                 files = future.exception() if future.status == "error" else future.result()
-                if not isinstance(files, dict):
-                    print(f"\r{_label(runs[path][0])} failed: {files!s:70}")
-                    continue
-                (scratch / path.name).mkdir()
-                for name, content in files.items():
-                    (scratch / path.name / name).write_bytes(content)
-                (scratch / path.name).rename(path)
-                done += 1
+                if isinstance(files, dict):
+                    (scratch / path.name).mkdir()
+                    for name, content in files.items():
+                        (scratch / path.name / name).write_bytes(content)
+                    (scratch / path.name).rename(path)
+                else:
+                    bar.write(f"{_label(runs[path][0])} failed: {files}", file=sys.stdout)
+                bar.update()
             running = [_label(runs[p][0]) for future, p in waiting.items() if future.key in began]
-            minutes = (time.monotonic() - start) * len(waiting) / max(1, done) / 60
-            left = f", about {minutes:.0f} min left" if done else ""
-            line = f"{done} of {len(runs)} done{left}; running: {running}"
-            print(f"\r{line[:99]:99}", end="", flush=True)
-        print("\nInterrupted: what is done is kept." if interrupts else "")
+            bar.set_postfix_str(f"running: {'; '.join(running)}")
 
 
 def _task(bundle, patience):
     """Return what runs on a worker: an inner function, since Dask sends such with all its code."""
 
     def run_notebook(settings):
-        import nbformat
         from distributed import get_worker
         from nbclient import NotebookClient
         from nbclient.exceptions import CellExecutionError
+        from nbformat import v4, writes
 
         async def execute(**options):
             client = NotebookClient(notebook, shutdown_kernel="immediate")
@@ -917,10 +879,11 @@ def _task(bundle, patience):
         task = worker.state.tasks[worker.get_current_task()]
         data_path = os.path.join(worker.local_directory, bundle)
         sources, helper = json.loads(np.load(data_path)["code"].item())
-        own = {**settings, "data_path": data_path, "output_dir": "kept"}
-        lines = "\n".join(f"{name} = {value!r}" for name, value in own.items())
-        cells = [nbformat.v4.new_code_cell(lines if x is None else x) for x in sources]
-        notebook = nbformat.v4.new_notebook(cells=cells)
+        asked = {**settings, "data_path": data_path, "output_dir": "kept"}
+        parameters = "\n".join(f"{name} = {value!r}" for name, value in asked.items())
+        sources = [parameters if source is None else source for source in sources]
+        sources.append(f"asked = {asked}{check}")
+        notebook = v4.new_notebook(cells=[v4.new_code_cell(source) for source in sources])
         env = {"TF_NUM_INTRAOP_THREADS": "1", **os.environ}
         with tempfile.TemporaryDirectory(dir=worker.local_directory) as folder:
             Path(folder, "vae_helpers.py").write_text(helper, "utf-8")
@@ -930,19 +893,8 @@ def _task(bundle, patience):
                 return f"{error.ename}: {error.evalue}"
             except TimeoutError:
                 return "it took too long"
-            with zipfile.ZipFile(Path(folder, "kept", "run.zip")) as archive:
-                trained_with = json.loads(archive.read("hyperparameters.json"))
-                samples = np.load(io.BytesIO(archive.read("samples.npy")))
-            wrong = {
-                name: trained_with.get(name)
-                for name, x in own.items()
-                if trained_with.get(name) != x
-            }
-            if wrong:
-                return f"a cell set {wrong}, other than asked"
-            if len(samples) < settings["epochs"]:
-                return "its loss did not stay finite"
-            executed = nbformat.writes(notebook).encode()
-            return {"vae2.ipynb": executed, "run.zip": Path(folder, "kept", "run.zip").read_bytes()}
+            run = Path(folder, "kept", "run.zip").read_bytes()
+        return {"vae2.ipynb": writes(notebook).encode(), "run.zip": run}
 
+    check = CHECK_RUN
     return run_notebook

@@ -129,7 +129,7 @@ def test_a_name_that_a_person_adds_is_checked_and_travels_with_the_rest():
 def test_another_precision_of_keras_is_said_in_one_line(change, back):
     exec(f"keras.config.{change}")
     try:
-        with pytest.raises(ValueError, match="This notebook is for float32") as error:
+        with pytest.raises(ValueError, match="Keras must compute in float32") as error:
             vae_helpers.check_hyperparameters(DEFAULTS)
         assert "\n" not in str(error.value)
         assert back in str(error.value)
