@@ -535,29 +535,18 @@ def read_handwriting(path):
     """Read a photograph or scan of one digit on plain ground into MNIST's framing.
 
     The ink may be dark on light or light on dark, the light uneven, the pen thin, the picture of
-    any size, cut out close to the ink or transparent. Left out are specks, and what runs to the
-    edge if there is ink elsewhere: margin lines, tables. What is no single digit is refused.
+    any size, cut close or transparent. Left out are specks, and what runs to the picture's edge if
+    there is ink elsewhere. `path` is a picture file, or a binary file that is open for reading.
 
-    Args:
-        path: a picture file, or a binary file that is open for reading.
-
-    Returns:
-        photograph: a grey Pillow image, upright, its longer side of 300 pixels.
-        image: float32 [784] in [0, 1], from paper to ink: the ink, black on white, scaled with
-            anti-aliasing to fit a box of 20×20 pixels, its centre of mass amid 28×28.
-
-    Raises:
-        ValueError: names the file and says what is wrong: it is no readable picture, has more than
-            89 million pixels or several frames, or shows no ink, or more than one digit, a filled
-            area, a line from edge to edge, or something wider than a digit.
-
-    Source:
-        Yann LeCun, Corinna Cortes and Christopher J. C. Burges, "The MNIST database of
-        handwritten digits", 1998, for the framing.
+    Returns the photograph, grey from 0 to 1, upright: float32 [height, width], the longer 300; and
+    float32 [784], from paper to ink: black on white, scaled to fit a box of 20×20 pixels, its
+    centre of mass amid 28×28 (LeCun, Cortes and Burges, 1998). ValueError names the file and says
+    what is wrong: it is no picture, has more than 89 million pixels or several frames, or shows no
+    ink, several things, a filled area, a line from edge to edge or what is wider than a digit.
     """
     try:
         grey = _read_photograph(path)
-        return Image.fromarray(np.uint8(255 * grey)), _frame(_find_ink(grey))
+        return grey, _frame(_find_ink(grey))
     except Exception as error:  # damaged bytes make Pillow fail in many ways
         raise ValueError(f"{path}: not a readable photograph of a digit: {error}") from error
 
@@ -591,10 +580,10 @@ def _find_ink(photograph):
     terms = np.stack([np.ones_like(photograph), *np.indices(photograph.shape) / 300], axis=-1)
     rim = np.ones(photograph.shape, bool)
     rim[3:-3, 3:-3] = False
-    weights = np.ones(rim.sum())
+    rim_terms, rim_light, weights = terms[rim], photograph[rim], 1.0
     for _ in range(20):
-        plane = np.linalg.lstsq(terms[rim] * weights[:, None], photograph[rim] * weights)[0]
-        weights = (0.01 + abs(terms[rim] @ plane - photograph[rim])) ** -0.5
+        plane = np.linalg.lstsq((rim_terms.T * weights).T, rim_light * weights)[0]
+        weights = (0.01 + abs(rim_terms @ plane - rim_light)) ** -0.5
     ground = terms @ plane
     if np.sum((photograph - ground) ** 5) > 0:  # light ink on dark ground
         photograph, ground = 1 - photograph, 1 - ground
@@ -643,6 +632,18 @@ def _frame(ink):
     return np.ravel(paper.resize((SIDE, SIDE), Image.Resampling.BILINEAR, field))
 
 
+@in_plain_style
+def plot_handwriting(photograph, images, *, title=None):
+    """Return a Figure of a photograph, its digit framed and all ten digits: images [1, 11, 784]."""
+    figure = Figure(figsize=(9, 1.4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1, 7])
+    left.imshow(photograph, cmap="gray", vmin=0, vmax=1, origin="upper")
+    left.set_axis_off()
+    plot_digit_grid(images, column_labels=["framed", *range(DIGITS)], title=title, ax=right)
+    left.set_title("photograph", fontsize="small")
+    return figure
+
+
 # Keeping a run
 
 
@@ -687,17 +688,14 @@ def load_run(folder, custom_objects=None):
         ".npy": np.load,
     }
     with tempfile.TemporaryDirectory() as files:
+        file, fault = path, "not a whole file of a kept run"
         try:
             shutil.unpack_archive(path, files)
-        except Exception as error:  # of zipfile and of the system
-            raise ValueError(f"{path}: not a whole file of a kept run: {error}") from error
-        for file in Path(files).iterdir():
-            try:
+            fault = "a layer of your own? Then custom_objects = {name: class}"
+            for file in Path(files).iterdir():
                 kept[file.stem] = readers[file.suffix](file)
-            except Exception as error:  # Keras has many of its own
-                needs = "a layer of your own stands in custom_objects = {name: class}"
-                message = f"{path}: {file.name} cannot be loaded ({needs}): {error!s:.500}"
-                raise ValueError(message) from error
+        except Exception as error:  # of zipfile, of the system, and many of Keras' own
+            raise ValueError(f"{path}: {file.name}: {fault}: {str(error)[-300:]}") from error
     return SimpleNamespace(**kept)
 
 
@@ -714,27 +712,20 @@ assert len(samples) == epochs, "its loss did not stay finite"
 def run_settings(compare, names, data, folder, scheduler=None, notebook=None, patience=60):
     """Run a notebook as saved, up to the cell that calls this, with each combination of settings.
 
-    Each run has a kernel of its own, which shares the machine's threads with the others: its
-    results are bit for bit those of another such run, not of the notebook itself.
+    `compare` goes from hyperparameters to lists of values, or is a list of such dicts; `names`,
+    the notebook's `globals()`, has the others; `data`, `Digits` to train on, go to the workers of
+    the Dask `scheduler` at an address or, if that is `None`, of this machine. `notebook` is a path;
+    `None` is the one open in JupyterLab, Notebook 7 or VS Code and, where that is not known,
+    vae2.ipynb. A run has ten minutes and `patience` seconds for each epoch, and a kernel of its
+    own, which shares the machine's threads with the others: its results are bit for bit those of
+    another such run, not of the notebook itself. `folder` keeps of each its run.zip (see
+    `load_run`) and its notebook with all figures, by settings, data, code and helper; none is
+    repeated.
 
-    Args:
-        compare: a dict from hyperparameters to lists of values, or a list of such dicts.
-        names: the notebook's `globals()`, for the hyperparameters that are not in `compare`.
-        data: `Digits` to train on; they are sent to the workers.
-        folder: keeps of each run its run.zip (see `load_run`) and its notebook with all figures,
-            under a name made of settings, data, code and helper; none is repeated.
-        scheduler: the address of a Dask scheduler; `None` starts workers on this machine.
-        notebook: its path; `None` is the one open in JupyterLab, Notebook 7 or VS Code and, where
-            that is not known, vae2.ipynb.
-        patience: seconds for each epoch, beside ten minutes, until a run is given up.
-
-    Returns:
-        pandas.DataFrame, a row for each run now kept: its hyperparameters and results, `folder`,
-        `change`, a dict of what was changed, and `digits`, its last samples [10, 784].
-
-    Raises:
-        ValueError: a setting is wrong, or the notebook is none that can be run so; nothing was run.
-        OSError: the scheduler is gone or `folder` cannot be written; what was done is kept.
+    Returns a pandas.DataFrame, a row for each run now kept: its hyperparameters and results,
+    `folder`, `change`, a dict of what was changed, and `digits`, its last samples [10, 784].
+    ValueError: a setting is wrong, or the notebook is none that can be run so; nothing was run.
+    OSError: the scheduler is gone or `folder` cannot be written; what was done is kept.
     """
     import pandas as pd
     from sklearn.model_selection import ParameterGrid

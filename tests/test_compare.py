@@ -208,7 +208,7 @@ def test_a_killed_worker_a_killed_kernel_and_a_bad_setting(here, names, capfd):
     assert len(marks()) == before
 
 
-def test_a_killed_driver_goes_on_from_what_it_had(here, names):
+def test_a_killed_driver_goes_on_from_what_it_had(here, names, monkeypatch):
     names = {**names, "decoder_std": 4.0}
     compare = {"seed": [0, 1, 2]}
     with driver(names, compare) as process:
@@ -220,6 +220,10 @@ def test_a_killed_driver_goes_on_from_what_it_had(here, names):
     assert run(compare, names) == [0, 1, 2]
     assert len(marks(0)) == 1
     assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
+    before, home = marks(), {"folder": "~/kept", "notebook": "~/stand-in.ipynb"}
+    monkeypatch.setenv("HOME", str(here))
+    assert len(vae_helpers.run_settings(compare, names, NOTHING, **home)) == 3
+    assert marks() == before
 
 
 def test_an_interrupt_keeps_what_is_done_and_leaves_no_process(here, names):

@@ -167,13 +167,9 @@ def test_bad_idx_is_named(change, word, suffix, small_arrays, tmp_path):
     assert str(path) in str(error.value)
 
 
-def test_truncated_gzip_and_missing_idx_are_named(small_arrays, tmp_path):
+def test_a_missing_idx_file_is_named(small_arrays, tmp_path):
     write_idx(tmp_path, small_arrays, ".gz")
-    path = tmp_path / (IDX_NAMES["y_train"] + ".gz")
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="train-labels-idx1-ubyte.gz: not a readable"):
-        vae_helpers.load_mnist(tmp_path)
-    path.unlink()
+    (tmp_path / (IDX_NAMES["y_train"] + ".gz")).unlink()
     with pytest.raises(ValueError, match="No such file.*train-labels"):
         vae_helpers.load_mnist(tmp_path)
 
@@ -184,14 +180,6 @@ def few_arrays(small_arrays):
     return {name: array[: 40 if "train" in name else 20] for name, array in small_arrays.items()}
 
 
-def load(path):
-    """Return the digits of a copy and None, or None and the message with which it is refused."""
-    try:
-        return vae_helpers.load_mnist(path), None
-    except ValueError as error:
-        return None, str(error)
-
-
 def peak_memory():
     """Return the most memory that this process has held so far, in bytes."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -199,81 +187,59 @@ def peak_memory():
 
 def is_refused(path, arrays, named=None):
     """Tell whether a damaged copy is refused by its name; if not, it must give these arrays."""
-    before = peak_memory()
-    digits, message = load(path)
+    before, message = peak_memory(), None
+    try:
+        assert_same(vae_helpers.load_mnist(path), arrays)
+    except ValueError as error:
+        message = str(error)
     assert peak_memory() - before < MEMORY
-    if message:
-        assert str(named or path) in message
-    else:
-        assert_same(digits, arrays)
-    return bool(message)
+    assert message is None or str(named or path) in message
+    return message is not None
 
 
-def npz_bytes(arrays, path, compressed):
-    """Return the bytes of an archive of the arrays, which is written at the path."""
-    (np.savez_compressed if compressed else np.savez)(path, **arrays)
-    return path.read_bytes()
-
-
-@pytest.mark.parametrize("compressed", [True, False])
-def test_npz_with_damaged_bytes(compressed, few_arrays, tmp_path):
+@pytest.fixture
+def copy(request, few_arrays, tmp_path):
+    """Write a copy of MNIST of one kind; return its path and those of its files."""
     path = tmp_path / "mnist.npz"
-    whole = npz_bytes(few_arrays, path, compressed)
-    random = np.random.default_rng(0)
-    # The archive's own structures, at its ends and between its entries, are the likely trouble.
-    headers = [i for i in range(len(whole)) if whole[i : i + 2] == b"PK"]
-    refused = 0
+    if "npz" not in request.param:
+        write_idx(tmp_path, few_arrays, ".gz" if "gzip" in request.param else "")
+        return tmp_path, sorted(tmp_path.iterdir())
+    (np.savez_compressed if "compressed" in request.param else np.savez)(path, **few_arrays)
+    return path, [path]
+
+
+KINDS = ["npz", "compressed npz", "gzipped idx", "idx"]
+
+
+@pytest.mark.parametrize("copy", KINDS[:3], indirect=True)
+def test_damaged_bytes_are_noticed_or_harmless(copy, few_arrays):
+    path, files = copy
+    random, refused = np.random.default_rng(0), 0
     for trial in range(300):
+        file = random.choice(files)
+        whole = file.read_bytes()
+        # The archive's own structures, at its ends and between its entries, are likely trouble.
+        headers = [i for i in range(len(whole)) if whole[i : i + 2] == b"PK"]
+        near = random.choice(headers) + random.integers(140) if headers else random.integers(20)
+        position = min(near if trial % 3 == 0 else random.integers(len(whole)), len(whole) - 1)
         damaged = np.frombuffer(whole, np.uint8).copy()
-        near = random.choice(headers) + random.integers(0, 140)
-        position = near if trial % 2 else random.integers(len(whole))
-        position = min(position, len(whole) - 1)
-        damaged[position : position + random.integers(1, 5)] ^= random.integers(
-            1, 256, dtype=np.uint8
-        )
-        path.write_bytes(damaged.tobytes())
-        refused += is_refused(path, few_arrays)
+        damaged[position : position + random.integers(1, 5)] ^= np.uint8(random.integers(1, 256))
+        file.write_bytes(damaged.tobytes())
+        # Not refused: damage to a time stamp or a name in a header.
+        refused += is_refused(path, few_arrays, named=file)
+        file.write_bytes(whole)
     assert refused > 150
 
 
-@pytest.mark.parametrize("compressed", [True, False])
-def test_npz_cut_off_anywhere(compressed, few_arrays, tmp_path):
-    path = tmp_path / "mnist.npz"
-    whole = npz_bytes(few_arrays, path, compressed)
-    for length in np.linspace(0, len(whole) - 1, 100).astype(int):
-        path.write_bytes(whole[:length])
-        assert is_refused(path, few_arrays)
-
-
-def test_gzipped_idx_with_damaged_bytes(few_arrays, tmp_path):
-    write_idx(tmp_path, few_arrays, ".gz")
-    random = np.random.default_rng(0)
-    refused = 0
-    for trial in range(200):
-        path = tmp_path / (IDX_NAMES[random.choice(list(IDX_NAMES))] + ".gz")
-        whole = path.read_bytes()
-        damaged = np.frombuffer(whole, np.uint8).copy()
-        damaged[random.integers(20 if trial % 2 else len(whole))] ^= random.integers(
-            1, 256, dtype=np.uint8
-        )
-        path.write_bytes(damaged.tobytes())
-        # Not refused: damage to a time stamp or a name in gzip's header.
-        refused += is_refused(tmp_path, few_arrays, named=path.name)
-        path.write_bytes(whole)
-    assert refused > 100
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_idx_cut_off_anywhere(suffix, few_arrays, tmp_path):
-    write_idx(tmp_path, few_arrays, suffix)
-    for name in IDX_NAMES.values():
-        path = tmp_path / (name + suffix)
-        whole = path.read_bytes()
-        for length in np.linspace(0, len(whole) - 1, 30).astype(int):
-            path.write_bytes(whole[:length])
-            with pytest.raises(ValueError, match=path.name):
-                vae_helpers.load_mnist(tmp_path)
-        path.write_bytes(whole)
+@pytest.mark.parametrize("copy", KINDS, indirect=True)
+def test_a_file_cut_off_anywhere_is_refused(copy, few_arrays):
+    path, files = copy
+    for file in files:
+        whole = file.read_bytes()
+        for length in np.linspace(0, len(whole) - 1, 100 // len(files) + 10).astype(int):
+            file.write_bytes(whole[:length])
+            assert is_refused(path, few_arrays, named=file)
+        file.write_bytes(whole)
 
 
 def test_idx_with_a_damaged_header(few_arrays, tmp_path):
@@ -303,7 +269,7 @@ def test_gzip_that_unpacks_to_far_more_is_read_no_further(few_arrays, tmp_path):
 
 def test_npz_that_promises_far_more_than_it_holds(few_arrays, tmp_path):
     path = tmp_path / "mnist.npz"
-    npz_bytes(few_arrays, path, compressed=False)
+    np.savez(path, **few_arrays)
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     honest, false = b"(40, 28, 28), }      ", b"(20000000, 28, 28), }"

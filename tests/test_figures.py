@@ -82,14 +82,15 @@ def test_a_grid_of_any_number_of_epochs_is_soon_drawn_and_small(epochs):
 
 def test_figures_are_the_same_whatever_a_person_has_set():
     def drawn():
-        images = np.linspace(0, 1, 10 * 784).reshape(1, 10, 784)
+        images = np.linspace(0, 1, 11 * 784).reshape(1, 11, 784)
         history = {"vae_loss": [3, 2], "classification_loss": [1, 0.5]}
         styles = np.random.default_rng(0).normal(size=[20, 3])
         figures = (
-            vae_helpers.plot_digit_grid(images, title="Grid"),
+            vae_helpers.plot_digit_grid(images[:, :10], title="Grid"),
             vae_helpers.plot_losses(history, title="Losses"),
             vae_helpers.plot_styles(styles, np.arange(20) % 10, title="Styles"),
             vae_helpers.plot_confusions({"true": (np.arange(10), np.arange(10))}, title="All"),
+            vae_helpers.plot_handwriting(images[0, 0].reshape(28, 28), images, title="Own"),
         )
         return [print_figure(figure, "png") for figure in figures], vae_helpers.digits_png(
             images

@@ -54,7 +54,7 @@ def assert_alike(image, expected):
 def test_an_image_of_28_pixels_comes_back(digit_images):
     for image in digit_images:
         photograph, again = vae_helpers.read_handwriting(vae_helpers.digits_png(image[None, None]))
-        assert photograph.size == (300, 300)
+        assert photograph.shape == (300, 300)
         assert_alike(again, image)
 
 
@@ -281,3 +281,10 @@ def test_missing_files_and_folders_are_named(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere.png"):
         with pytest.raises(ValueError, match=path.name):
             vae_helpers.read_handwriting(path)
+
+
+def test_handwriting_is_drawn_beside_what_was_made_of_it(digit_images):
+    photograph, grid = np.eye(9, 7), digit_images[None, :11]
+    left, right = vae_helpers.plot_handwriting(photograph, grid, title="Read as 0").axes
+    np.testing.assert_array_equal(left.images[0].get_array(), photograph)
+    np.testing.assert_array_equal(right.images[0].get_array()[:, 28:56], grid[0, 1].reshape(28, 28))

@@ -4,6 +4,7 @@ import io
 import os
 import re
 
+import keras
 import matplotlib.image
 import nbformat
 import numpy as np
@@ -324,3 +325,23 @@ def test_readme_shows_the_committed_digit_grid():
     (picture,) = pictures(cell)
     assert picture == (ROOT / ".github" / "digit-grid.png").read_bytes()
     assert ".github/digit-grid.png" in (ROOT / "README.md").read_text()
+
+
+def test_the_home_is_found_in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = vae_helpers.save_run("~/runs", [], np.arange(3), results={"vae_loss": 1.5})
+    assert path == tmp_path / "runs" / "run.zip"
+    assert vae_helpers.load_run("~/runs").results == {"vae_loss": 1.5}
+
+
+def test_a_layer_of_ones_own_is_named_and_loaded(tmp_path):
+    class Doubled(keras.layers.Layer):
+        def call(self, inputs):
+            return 2 * inputs
+
+    network = keras.Sequential([keras.Input([3]), Doubled()], name="decoder")
+    vae_helpers.save_run(tmp_path, [network], np.zeros(1))
+    with pytest.raises(ValueError, match=r"run.zip: decoder.keras.*custom_objects(.|\n)*Doubled"):
+        vae_helpers.load_run(tmp_path)
+    kept = vae_helpers.load_run(tmp_path, custom_objects={"Doubled": Doubled})
+    np.testing.assert_array_equal(kept.decoder(np.ones([1, 3])), [[2, 2, 2]])
