@@ -368,11 +368,11 @@ def distort(images, strength, key):
     # Weight of each old pixel in a new one, falling to zero one pixel away:
     row_weights = tf.nn.relu(1 - abs(source_x[:, :, None] - position[:, None]))
     column_weights = tf.nn.relu(1 - abs(source_y[:, None] - position[:, None, None]))
-    filled = tf.pad(images, [[0, -len(images) % 15], [0, 0]])  # so that all ways get as many
+    filled = tf.pad(images, [[0, -images.shape[0] % 15], [0, 0]])  # so that all ways get as many
     moved = tf.reshape(filled, [15, -1, SIDE, SIDE])
     moved = tf.einsum("gnyu,gyux->gnyx", moved, row_weights)  # [way, image, row, new x]
     moved = tf.einsum("gnvx,gvyx->gnyx", moved, column_weights)  # [way, image, new y, column]
-    return tf.reshape(moved, [-1, PIXELS])[: len(images)]
+    return tf.reshape(moved, [-1, PIXELS])[: images.shape[0]]
 
 
 def clip(gradients, longest):

@@ -1,13 +1,15 @@
 """Time an epoch of the notebook beside other ways to train its model: python tests/benchmark.py.
 
-The environment variable MNIST_PATH names the real mnist.npz; without it, random images of the same
-shape take its place. Networks, losses and training step are the notebook's own: its cells are run
-here. Each contender lives in a process of its own, so that its peak memory is its own too, and
-they take turns, one epoch each. PyTorch and JAX take part where torch and jax are installed.
+The environment variable MNIST_PATH names the real mnist.npz; without it, the images take its place
+that the notebook has without a network, repeated. Networks, losses and training step are the
+notebook's own: its cells are run here. Each contender lives in a process of its own, so that its
+peak memory is its own too, and they take turns, one epoch each. PyTorch and JAX take part where
+torch and jax are installed.
 """
 
 import contextlib
 import importlib.util
+import io
 import math
 import multiprocessing
 import os
@@ -15,10 +17,11 @@ import resource
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from conftest import Kernel, Notebook
+from conftest import Kernel, Notebook, vae_helpers
 
 ROUNDS = 5
 ARTICLE_VAE_LOSS = 224.2  # of the test set, after the 20 epochs of the article's own code
@@ -44,6 +47,8 @@ def keras_fit(parameters, whole_epochs=False):
 
     class Model(names.keras.Model):
         def train_step(self, data):
+            shapes = [names.batch_size, 784], [names.batch_size]  # which `fit` leaves open
+            data = map(names.tf.ensure_shape, data, shapes)
             vae_loss, classification_loss = names.tf.unstack(names.train_step(*data))
             return {"vae_loss": vae_loss, "classification_loss": classification_loss}
 
@@ -315,65 +320,37 @@ def matmul_work(parameters):
     return 2 * per_step * (len(names.data.x_train) // names.batch_size)
 
 
-def serve(connection, build, options, parameters):
-    """In a process of its own: build a contender, then do what is asked until told to stop."""
-    with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):
-        run = build(parameters, **options)
-        run()  # the first epoch compiles
-        connection.send(None)
-        while connection.recv() == "epoch":
-            start = time.perf_counter()
-            result = run()
-            seconds = time.perf_counter() - start
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            connection.send((seconds, peak, result))
+def prepare(build, options, parameters):
+    """Build a contender in a process of its own, and run the first epoch, which compiles."""
+    global run_epoch
+    sys.stdout = io.StringIO()
+    run_epoch = build(parameters, **options)
+    run_epoch()
 
 
-class Contender:
-    """A contender in a process of its own, ready to run epochs when it exists."""
-
-    def __init__(self, build, options, parameters):
-        context = multiprocessing.get_context("spawn")
-        self.connection, other_end = context.Pipe()
-        arguments = other_end, build, options, parameters
-        self.process = context.Process(target=serve, args=arguments, daemon=True)
-        self.process.start()
-        other_end.close()
-        self.connection.recv()
-
-    def epoch(self):
-        """Run an epoch; return its seconds, the process's peak memory in GiB and the result."""
-        self.connection.send("epoch")
-        return self.connection.recv()
-
-    def stop(self):
-        """End the process."""
-        self.connection.send("stop")
-        self.process.join()
-
-
-def progress(text):
-    """Show where the benchmark is, in one line that is overwritten."""
-    print(f"\r{text:78}", end="", file=sys.stderr, flush=True)
+def timed_epoch():
+    """Run an epoch; return its seconds, the process's peak memory in GiB and the result."""
+    start = time.perf_counter()
+    result = run_epoch()
+    seconds = time.perf_counter() - start
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, result
 
 
 def in_turns(builds):
     """Run epochs of contenders in turns; return the results of all rounds by name.
 
-    Takes a dict of the three arguments of `Contender`.
+    Takes a dict of the three arguments of `prepare`.
     """
-    contenders = {}
-    for name, build in builds.items():
-        progress(f"preparing {name}")
-        contenders[name] = Contender(*build)
     measured = {name: [] for name in builds}
-    for round_number in range(1, ROUNDS + 1):
-        for name, contender in contenders.items():
-            progress(f"round {round_number} of {ROUNDS}: {name}")
-            measured[name].append(contender.epoch())
-    for contender in contenders.values():
-        contender.stop()
-    progress("")
+    with contextlib.ExitStack() as stack:
+        context, pools = multiprocessing.get_context("spawn"), {}
+        for name, build in builds.items():
+            pool = ProcessPoolExecutor(1, context, prepare, build)
+            pools[name] = stack.enter_context(pool)
+            pools[name].submit(time.sleep, 0).result()
+        for _ in range(ROUNDS):
+            for name, pool in pools.items():
+                measured[name].append(pool.submit(timed_epoch).result())
     return measured
 
 
@@ -437,13 +414,11 @@ def growth(parameters, images_path):
 
 def time_to_article_quality(path, article_seconds):
     """Print how soon the notebook's model is as good as the article's, on the real MNIST."""
-    progress("training the notebook's model on settings for a short run")
     with Kernel() as kernel:
         kernel.run(last="judge", data_path=str(path), **SHORT)
         history = kernel.fetch("history")
         right, asked = kernel.fetch("(judge_accuracy, asked_digit_accuracy)")
     seconds = sum(history["seconds"])
-    progress("")
     print(
         f"\nThe notebook with {', '.join(f'`{k} = {v}`' for k, v in SHORT.items())}: VAE loss "
         f"{history['test_vae_loss'][-1]:.1f} on the test set (the article's code after 20 epochs: "
@@ -456,32 +431,25 @@ def time_to_article_quality(path, article_seconds):
 
 def main():
     """Run the whole benchmark and print its tables."""
-    real = os.environ.get("MNIST_PATH")
+    data = vae_helpers.load_mnist(os.environ.get("MNIST_PATH"))
     with tempfile.TemporaryDirectory() as folder:
-        if real:
-            arrays = dict(np.load(real))
-        else:
-            random = np.random.default_rng(0)
-            arrays = {
-                f"{kind}_{part}": random.integers(0, high, [count, *shape], np.uint8)
-                for part, count in (("train", 60_000), ("test", 10_000))
-                for kind, high, shape in (("x", 256, (28, 28)), ("y", 10, ()))
-            }
 
         def images_path(count):
             path = Path(folder) / f"{count}.npz"
-            resized = {
-                name: np.resize(array, (count, *array.shape[1:])) if "train" in name else array
-                for name, array in arrays.items()
+            arrays = {
+                "x_train": np.resize(data.x_train, (count, 28, 28)),
+                "y_train": np.resize(data.y_train, count),
+                "x_test": data.x_test.reshape(-1, 28, 28),
+                "y_test": data.y_test,
             }
-            np.savez(path, **resized)
+            np.savez(path, **arrays)
             return str(path)
 
         parameters = {"data_path": images_path(60_000)}
-        print(f"{'MNIST' if real else 'Random images'}, {os.cpu_count()} cores, {ROUNDS} rounds")
+        print(f"{data.name}, {os.cpu_count()} cores, {ROUNDS} rounds")
         seconds = compare(parameters)
         compare_with_jax(parameters)
-        if real:
+        if data.name == "MNIST":
             article_seconds = seconds["the article's loop on the article's network"]
             time_to_article_quality(parameters["data_path"], article_seconds)
         growth(parameters, images_path)
