@@ -140,11 +140,11 @@ def check_hyperparameters(names, image_count=None):
         optimizer_name=Literal[_keras_names("optimizers")],
         likelihood=Literal[tuple(names["likelihoods"])] if "likelihoods" in names else str,
     )
-    cells = [set(re.findall(r"^(\w+) *=", cell, re.M)) for cell in names.get("In", [])]
-    known = [model.model_fields, *(cell for cell in cells if {"data_path", "seed"} <= cell)]
+    cells = [set(re.findall(r"^(\w+) *=(?!=)", cell, re.M)) for cell in names.get("In", [])]
+    assigned = [cell for cell in cells if {"data_path", "seed"} <= cell]
+    known = model.model_fields.keys() | (assigned[-1] if assigned else set())
     try:
-        chosen = {*model.model_fields, *known[-1]} & names.keys()
-        return model(**{name: names[name] for name in chosen}).model_dump()
+        return model(**{name: names[name] for name in known & names.keys()}).model_dump()
     except pydantic.ValidationError as error:
         lines = []
         for fault in error.errors():
@@ -688,14 +688,14 @@ def load_run(folder, custom_objects=None):
         ".npy": np.load,
     }
     with tempfile.TemporaryDirectory() as files:
-        file, fault = path, "not a whole file of a kept run"
+        fault = "not a whole file of a kept run"
         try:
             shutil.unpack_archive(path, files)
-            fault = "a layer of your own? Then custom_objects = {name: class}"
             for file in Path(files).iterdir():
+                fault = f"{file.name}: a layer of your own? Then custom_objects = {{name: class}}"
                 kept[file.stem] = readers[file.suffix](file)
         except Exception as error:  # of zipfile, of the system, and many of Keras' own
-            raise ValueError(f"{path}: {file.name}: {fault}: {str(error)[-300:]}") from error
+            raise ValueError(f"{path}: {fault}: {str(error)[-300:]}") from error
     return SimpleNamespace(**kept)
 
 
@@ -742,8 +742,11 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook=None, pa
         runs[folder / hashlib.sha256(content.encode()).hexdigest()[:16]] = (change, settings)
     print(f"Runs of {os.path.relpath(notebook)}")
     if missing := {path: run for path, run in runs.items() if not path.exists()}:
-        with ending_early("What is done is kept; run this cell again to go on.") as check:
-            _run_missing(missing, code, data, folder, scheduler, patience, check)
+        try:
+            with ending_early("What is done is kept; run this cell again to go on.") as check:
+                _run_missing(missing, code, data, folder, scheduler, patience, check)
+        except OSError as error:
+            raise OSError(f"{error}: {folder} keeps what is done; run this again") from error
     rows = []
     for path in filter(Path.exists, runs):
         with zipfile.ZipFile(path / "run.zip") as archive:
@@ -790,13 +793,13 @@ def _cells_to_run(notebook):
     except (OSError, ValueError, KeyError) as error:
         message = f"{notebook}: no notebook to compare; say which with `notebook` ({error})"
         raise ValueError(message) from error
-    for cell in cells:
+    for cell in (cell for cell in cells if cell["cell_type"] == "code"):
         tags, source = cell["metadata"].get("tags", []), "".join(cell["source"])
-        if cell["cell_type"] == "code" and "run_settings(" in source:
+        if "run_settings(" in source:
             if sources.count(None) != 1:
                 raise ValueError(f"{notebook}: not one cell before that is tagged parameters")
             return sources
-        if cell["cell_type"] == "code" and "injected-parameters" not in tags:  # by papermill
+        if "injected-parameters" not in tags:  # of papermill: a former run's
             sources.append(None if "parameters" in tags else source)
     raise ValueError(f"{notebook}: it has no cell that calls run_settings")
 
@@ -831,7 +834,7 @@ def _run_missing(runs, code, data, folder, scheduler, patience, raise_if_interru
             time.sleep(0.5)
             raise_if_interrupted()
             if client.status != "running":
-                raise ConnectionError(f"the scheduler is gone; {folder} keeps what is done")
+                raise ConnectionError("the scheduler is gone")
             for future in [future for future in waiting if future.done()]:
                 path = waiting.pop(future)
                 files = future.exception() if future.status == "error" else future.result()
@@ -849,6 +852,7 @@ def _run_missing(runs, code, data, folder, scheduler, patience, raise_if_interru
 
 def _task(bundle, patience):
     """Return what runs on a worker: an inner function, since Dask sends such with all its code."""
+    check = CHECK_RUN  # as part of that code
 
     def run_notebook(settings):
         from distributed import get_worker
@@ -887,5 +891,4 @@ def _task(bundle, patience):
             run = Path(folder, "kept", "run.zip").read_bytes()
         return {"vae2.ipynb": writes(notebook).encode(), "run.zip": run}
 
-    check = CHECK_RUN
     return run_notebook

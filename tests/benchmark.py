@@ -323,7 +323,7 @@ def matmul_work(parameters):
 def prepare(build, options, parameters):
     """Build a contender in a process of its own, and run the first epoch, which compiles."""
     global run_epoch
-    sys.stdout = io.StringIO()
+    sys.stdout = io.StringIO()  # the tables alone are shown
     run_epoch = build(parameters, **options)
     run_epoch()
 
@@ -343,11 +343,9 @@ def in_turns(builds):
     """
     measured = {name: [] for name in builds}
     with contextlib.ExitStack() as stack:
-        context, pools = multiprocessing.get_context("spawn"), {}
+        spawn, pools = multiprocessing.get_context("spawn"), {}
         for name, build in builds.items():
-            pool = ProcessPoolExecutor(1, context, prepare, build)
-            pools[name] = stack.enter_context(pool)
-            pools[name].submit(time.sleep, 0).result()
+            pools[name] = stack.enter_context(ProcessPoolExecutor(1, spawn, prepare, build))
         for _ in range(ROUNDS):
             for name, pool in pools.items():
                 measured[name].append(pool.submit(timed_epoch).result())

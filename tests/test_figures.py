@@ -92,9 +92,8 @@ def test_figures_are_the_same_whatever_a_person_has_set():
             vae_helpers.plot_confusions({"true": (np.arange(10), np.arange(10))}, title="All"),
             vae_helpers.plot_handwriting(images[0, 0].reshape(28, 28), images, title="Own"),
         )
-        return [print_figure(figure, "png") for figure in figures], vae_helpers.digits_png(
-            images
-        ).getvalue()
+        tiles = vae_helpers.digits_png(images).getvalue()
+        return [print_figure(figure, "png") for figure in figures], tiles
 
     expected = drawn()
     with matplotlib.rc_context({"image.origin": "lower", "axes.grid": True, "font.size": 20}):
