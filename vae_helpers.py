@@ -7,7 +7,6 @@ long to start are imported where they are used. Images are [N, 784]: 28·28 grey
 
 import asyncio
 import contextlib
-import functools
 import gc
 import gzip
 import hashlib
@@ -44,9 +43,8 @@ SIDE = 28  # pixels along one side of an image
 PIXELS = SIDE * SIDE
 DIGITS = 10  # classes
 
+
 # Start
-
-
 @contextlib.contextmanager
 def quiet_start():
     """Let Keras run on TensorFlow, and be quiet while they are imported, whatever the log level.
@@ -72,6 +70,12 @@ def quiet_start():
 
 
 # Settings
+# Those names of Keras at which a layer keeps its width, and all of its optimizers:
+ACTIVATIONS = """celu elu exponential gelu hard_shrink hard_sigmoid hard_silu hard_swish hard_tanh
+    leaky_relu linear log_sigmoid log_softmax mish relu relu6 selu sigmoid silu soft_shrink softmax
+    softplus softsign sparse_plus sparse_sigmoid sparsemax squareplus swish tanh tanh_shrink"""
+OPTIMIZERS = """adadelta adafactor adagrad adam adamax adamw ftrl lion muon nadam rmsprop
+    schedulefreeadamw sgd"""
 
 
 class Hyperparameters(pydantic.BaseModel):
@@ -86,11 +90,11 @@ class Hyperparameters(pydantic.BaseModel):
     epochs: int = Field(ge=1, le=1000, description="each is a row of one figure")
     batch_size: PositiveInt
     hidden_layers: list[PositiveInt] = Field(min_length=1)
-    activation: str
+    activation: Literal[*ACTIVATIONS.split()]
     z_dim: int = Field(ge=2, description="styles are drawn in a plane")
     decoder_std: float = Field(ge=0.001, le=1000, description="its square divides 32-bit numbers")
     classification_weight: NonNegativeFloat
-    optimizer_name: str
+    optimizer_name: Literal[*OPTIMIZERS.split()]
     learning_rate: PositiveFloat
     likelihood: str
     momentum: float = Field(ge=0, lt=1, description="steps would grow without end at 1")
@@ -101,20 +105,6 @@ class Hyperparameters(pydantic.BaseModel):
     stop_gradient: bool
     asked_digit_weight: NonNegativeFloat
     distortion: float = Field(ge=0, le=5, description="digits leave the image beyond")
-
-
-@functools.cache
-def _keras_names(kind):
-    """Return the names of Keras' optimizers, or of its activations that keep a layer's width."""
-    import keras
-
-    module, names, ones = getattr(keras, kind), set(), np.ones([1, 2], np.float32)
-    for name in map(str.lower, dir(module)):
-        with contextlib.suppress(Exception):  # what is neither fails in many ways
-            found = module.get(name)
-            if kind == "optimizers" or found(ones).shape == ones.shape:
-                names.add(name)
-    return tuple(sorted(names))
 
 
 def check_hyperparameters(names, image_count=None):
@@ -131,14 +121,10 @@ def check_hyperparameters(names, image_count=None):
     if {keras.config.floatx(), keras.config.dtype_policy().name} != {"float32"}:
         message = "Keras must compute in float32: keras.config.set_floatx('float32'); "
         raise ValueError(message + "keras.config.set_dtype_policy('float32')")
-    most = Field(gt=0, le=image_count, description="the number of training images")
+    batch_size = int, Field(gt=0, le=image_count, description="the number of training images")
+    likelihood = Literal[*names["likelihoods"]] if "likelihoods" in names else str
     model = pydantic.create_model(
-        "Checked",
-        __base__=Hyperparameters,
-        batch_size=(int, most),
-        activation=Literal[_keras_names("activations")],
-        optimizer_name=Literal[_keras_names("optimizers")],
-        likelihood=Literal[tuple(names["likelihoods"])] if "likelihoods" in names else str,
+        "Checked", __base__=Hyperparameters, batch_size=batch_size, likelihood=likelihood
     )
     cells = [set(re.findall(r"^(\w+) *=(?!=)", cell, re.M)) for cell in names.get("In", [])]
     assigned = [cell for cell in cells if {"data_path", "seed"} <= cell]
@@ -150,14 +136,12 @@ def check_hyperparameters(names, image_count=None):
         for fault in error.errors():
             name = fault["loc"][0]
             value = f" = {names[name]!r:.80}" if name in names else ""
-            reason = getattr(model.model_fields.get(name), "description", None)
-            why = f" ({reason})" if reason and "than" in fault["type"] else ""
-            lines.append(f"{name}{value}: {fault['msg']}{why}")
+            reason = "than" in fault["type"] and model.model_fields[name].description
+            lines.append(f"{name}{value}: {fault['msg']}{f' ({reason})' if reason else ''}")
         raise ValueError("\n".join(lines)) from None
 
 
 # Data
-
 MAX_IMAGES = 300_000  # in one file
 MNIST_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
 MNIST_HASH = "sha256:731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
@@ -202,9 +186,9 @@ def load_mnist(path=None):
             )
             return load_offline_digits()
     path = Path(path).expanduser()
-    digits = Digits(*_read(path), name=path.resolve().name)
-    is_mnist = digits.digest == MNIST_DIGEST
-    return digits._replace(name="MNIST" if is_mnist else f"{digits.name} (not MNIST)")
+    digits = Digits(*_read(path), name="MNIST")
+    named = f"{path.resolve().name} (not MNIST)"
+    return digits if digits.digest == MNIST_DIGEST else digits._replace(name=named)
 
 
 def _download(url, *args):
@@ -221,15 +205,18 @@ def _read(path):
     arrays, where = [], path
     try:
         if path.is_file():
-            arrays = _read_npz(path)
+            with zipfile.ZipFile(path) as archive:
+                if max(entry.file_size for entry in archive.infolist()) > MAX_IMAGES * PIXELS:
+                    raise ValueError(f"it unpacks to more than {MAX_IMAGES:,} images")
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = [archive[name] for name in Digits._fields[:4]]
         elif not path.is_dir():
             raise ValueError("a special file" if path.exists() else "no such file or folder")
         elif any(path.glob("emnist-*")):
             raise ValueError("EMNIST's files hold transposed images; swap their axes in an npz")
         else:
             for pattern in IDX_FILES:
-                files = [file for file in path.glob(pattern) if file.is_file()]
-                where = min(files, default=path / pattern)
+                where = min(filter(Path.is_file, path.glob(pattern)), default=path / pattern)
                 arrays.append(_read_idx(where, [SIDE, SIDE] if "images" in pattern else []))
         where = path
         for images, digits in (arrays[:2], arrays[2:]):
@@ -244,22 +231,13 @@ def _read(path):
     return [a.reshape(len(a), PIXELS) if a.ndim == 3 else a.astype(np.int32) for a in arrays]
 
 
-def _read_npz(path):
-    """Read the arrays of an `mnist.npz`, unless it unpacks to far more than it should."""
-    with zipfile.ZipFile(path) as archive:
-        if max(entry.file_size for entry in archive.infolist()) > MAX_IMAGES * PIXELS:
-            raise ValueError(f"it unpacks to more than {MAX_IMAGES:,} images")
-    with np.load(path, allow_pickle=False) as arrays:
-        return [arrays[name] for name in Digits._fields[:4]]
-
-
 def _read_idx(path, sides):
     """Read an IDX file of bytes, gzipped or not, into an array [N, *sides]."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         header = file.read(8 + 4 * len(sides))
         count = min(int.from_bytes(header[4:8], "big"), MAX_IMAGES)
         if header != np.array([0x0801 + len(sides), count, *sides], ">u4").tobytes():
-            raise ValueError(f"its header, {header.hex(' ', 4)}, is not that of bytes [N, {sides}]")
+            raise ValueError(f"its header is not that of bytes [N, {sides}]")
         content = file.read(count * math.prod(sides) + 1)
     return np.frombuffer(content, np.uint8).reshape(count, *sides)
 
@@ -297,17 +275,10 @@ def _vary(image, random):
 
 
 # Training
-
-
 def snapshot(owners):
     """Return a function that puts all variables of Keras models or optimizers back as they are."""
     kept = [(variable, variable.numpy()) for owner in owners for variable in owner.variables]
-
-    def restore():
-        for variable, value in kept:
-            variable.assign(value)
-
-    return restore
+    return lambda: [variable.assign(value) for variable, value in kept]
 
 
 @contextlib.contextmanager
@@ -397,7 +368,6 @@ def clip(gradients, longest):
 
 
 # Figures
-
 # 0 is white paper, 1 is black ink, in 64 shades: to a file, far fewer bytes than 256.
 INK = {"cmap": colormaps["gray_r"].resampled(64), "vmin": 0, "vmax": 1, "origin": "upper"}
 in_plain_style = matplotlib.style.context("default")  # whatever a person's own settings are
@@ -520,7 +490,6 @@ def plot_confusions(readings, *, title=None):
 
 
 # Handwriting
-
 PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
@@ -563,28 +532,28 @@ def _read_photograph(path):
     with picture:
         if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # with a preview
             raise ValueError(f"it holds {picture.n_frames} pictures, not one")
-        deep = picture.mode[0] in "IF"  # more than 8 bits, from and to any value
-        upright = ImageOps.exif_transpose(picture).convert("F" if deep else "RGBA")
-    bands = (upright if deep else upright.convert("LA")).split()
-    bands = [ImageOps.contain(band, (300, 300), Image.Resampling.BILINEAR) for band in bands]
-    grey, opacity = (np.nan_to_num(np.float32(bands[i])) for i in (0, -1))
-    if deep:
-        return (grey - grey.min()) / max(np.ptp(grey), np.finfo(np.float32).tiny)
-    behind = 255 * (np.sum(grey * opacity) < 127 * np.sum(opacity))  # what is transparent
-    return (behind + (grey - behind) * opacity / 255) / 255
+        upright = ImageOps.exif_transpose(picture)
+    if upright.mode[0] in "IF":  # more than 8 bits, from and to any value
+        values = np.nan_to_num(np.float32(upright))
+        spread = max(np.ptp(values), np.finfo(np.float32).tiny)
+        upright = Image.fromarray(np.uint8(255 * (values - values.min()) / spread))
+    bands = upright.convert("RGBA").convert("LA").split()
+    bands = (ImageOps.contain(band, (300, 300), Image.Resampling.BILINEAR) for band in bands)
+    grey, opacity = (np.float32(band) / 255 for band in bands)
+    behind = np.sum(grey * opacity) < 0.5 * np.sum(opacity)  # what is transparent
+    return behind + (grey - behind) * opacity
 
 
 def _find_ink(photograph):
     """Tell ink from ground in a photograph [height, width]: bool [height, width]."""
+    from sklearn.linear_model import QuantileRegressor
+
     # The ground is a plane through most of the outermost pixels, by least absolute deviations.
-    terms = np.stack([np.ones_like(photograph), *np.indices(photograph.shape) / 300], axis=-1)
+    places = np.moveaxis(np.indices(photograph.shape), 0, -1) / 300
     rim = np.ones(photograph.shape, bool)
     rim[3:-3, 3:-3] = False
-    rim_terms, rim_light, weights = terms[rim], photograph[rim], 1.0
-    for _ in range(20):
-        plane = np.linalg.lstsq((rim_terms.T * weights).T, rim_light * weights)[0]
-        weights = (0.01 + abs(rim_terms @ plane - rim_light)) ** -0.5
-    ground = terms @ plane
+    plane = QuantileRegressor(alpha=0).fit(places[rim][::5], photograph[rim][::5])
+    ground = plane.predict(places.reshape(-1, 2)).reshape(photograph.shape)
     if np.sum((photograph - ground) ** 5) > 0:  # light ink on dark ground
         photograph, ground = 1 - photograph, 1 - ground
     shaded = ndimage.grey_closing(ndimage.gaussian_filter(photograph, 1), 100)  # without strokes
@@ -597,8 +566,7 @@ def _find_ink(photograph):
     strokes, count = ndimage.label(contrast > contrast.max() / 4, np.ones([3, 3]))
     sizes = np.bincount(strokes[ink], minlength=count + 1)
     inner = sizes.copy()
-    for edge in (strokes[0], strokes[-1], strokes[:, 0], strokes[:, -1]):
-        inner[edge] = 0
+    inner[strokes[rim]] = 0
     sizes = inner if inner.sum() > 0.1 * sizes.sum() else sizes
     ink &= (sizes > sizes.max() / 20)[strokes]
     extent = np.ptp(np.nonzero(ink), axis=1) + 1  # height, width
@@ -645,8 +613,6 @@ def plot_handwriting(photograph, images, *, title=None):
 
 
 # Keeping a run
-
-
 def save_run(folder, networks, samples, **texts):
     """Keep a run as run.zip in a folder: Keras models, samples and what JSON can hold, by name.
 
@@ -700,27 +666,16 @@ def load_run(folder, custom_objects=None):
 
 
 # Comparing settings
-
-# The last cell of a compared run: what it gives is of the settings asked for, or nothing.
-CHECK_RUN = """
-wrong = {name: trained_with[name] for name in asked if trained_with[name] != asked[name]}
-assert not wrong, f"a cell set {wrong}, other than asked"
-assert len(samples) == epochs, "its loss did not stay finite"
-"""
-
-
 def run_settings(compare, names, data, folder, scheduler=None, notebook=None, patience=60):
     """Run a notebook as saved, up to the cell that calls this, with each combination of settings.
 
     `compare` goes from hyperparameters to lists of values, or is a list of such dicts; `names`,
     the notebook's `globals()`, has the others; `data`, `Digits` to train on, go to the workers of
     the Dask `scheduler` at an address or, if that is `None`, of this machine. `notebook` is a path;
-    `None` is the one open in JupyterLab, Notebook 7 or VS Code and, where that is not known,
-    vae2.ipynb. A run has ten minutes and `patience` seconds for each epoch, and a kernel of its
-    own, which shares the machine's threads with the others: its results are bit for bit those of
-    another such run, not of the notebook itself. `folder` keeps of each its run.zip (see
-    `load_run`) and its notebook with all figures, by settings, data, code and helper; none is
-    repeated.
+    `None` is the one open in JupyterLab, Notebook 7 or VS Code, else vae2.ipynb. Each run has a
+    kernel, for ten minutes and `patience` seconds an epoch. Runs are alike bit for bit, unlike the
+    notebook itself, which may use more threads. `folder` keeps of each its run.zip (see `load_run`)
+    and its notebook with all figures, by settings, data, code and helper; none is repeated.
 
     Returns a pandas.DataFrame, a row for each run now kept: its hyperparameters and results,
     `folder`, `change`, a dict of what was changed, and `digits`, its last samples [10, 784].
@@ -732,26 +687,28 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook=None, pa
 
     here = os.environ.get("JPY_SESSION_NAME") or names.get("__vsc_ipynb_file__") or "vae2.ipynb"
     notebook, folder = Path(notebook or here).expanduser(), Path(folder).expanduser()
-    code = json.dumps([_cells_to_run(notebook), Path(__file__).read_text("utf-8")])
+    sources, helper = _cells_to_run(notebook), Path(__file__).read_text("utf-8")
     fixed, runs = {"data_path": None, "output_dir": None}, {}
     for change in ParameterGrid(compare):
         settings = check_hyperparameters({**names, **change, **fixed}, len(data.x_train))
         if wrong := change.keys() - (settings.keys() - fixed):
             raise ValueError(f"{', '.join(sorted(wrong))}: no hyperparameter to compare")
-        content = code + data.digest + json.dumps(settings, sort_keys=True)
+        content = json.dumps([sources, helper, data.digest, settings], sort_keys=True)
         runs[folder / hashlib.sha256(content.encode()).hexdigest()[:16]] = (change, settings)
     print(f"Runs of {os.path.relpath(notebook)}")
     if missing := {path: run for path, run in runs.items() if not path.exists()}:
         try:
             with ending_early("What is done is kept; run this cell again to go on.") as check:
-                _run_missing(missing, code, data, folder, scheduler, patience, check)
+                _run_missing(
+                    missing, _task(sources, helper, patience), data, folder, scheduler, check
+                )
         except OSError as error:
             raise OSError(f"{error}: {folder} keeps what is done; run this again") from error
     rows = []
     for path in filter(Path.exists, runs):
         with zipfile.ZipFile(path / "run.zip") as archive:
-            digits = np.load(io.BytesIO(archive.read("samples.npy")))[-1]
             row = json.loads(archive.read("results.json")) | runs[path][1] | {"data": data.name}
+            digits = np.load(io.BytesIO(archive.read("samples.npy")))[-1]
         rows.append({**row, "folder": path, "change": runs[path][0], "digits": digits})
     if len(versions := {str(row["versions"]) for row in rows}) > 1:
         print("not all with the same versions:", *sorted(versions), sep="\n")
@@ -769,16 +726,14 @@ def summarize_runs(runs, sort_by="vae_loss", ascending=True):
     runs = runs.sort_values(sort_by, ascending=ascending)
     changed = dict.fromkeys(name for change in runs["change"] for name in change)
     varied = [name for name in changed if runs[name].astype(str).nunique() > 1]
-    changes = [{n: v for n, v in c.items() if n in varied} or c for c in runs["change"]]
     figure = plot_digit_grid(
         list(runs["digits"]),
-        row_labels=[_label(change) for change in changes],
+        row_labels=[_label({n: c[n] for n in varied if n in c} or c) for c in runs["change"]],
         title=f"Last digits of each run on {runs['data'].iloc[0]}, by {sort_by}",
     )
     groups = [runs[name].astype(str) for name in varied if name != "seed"] or [runs["data"]]
     measures = ["vae_loss", "accuracy", "asked_digit_accuracy", "seconds"]
-    table = runs.groupby(groups, sort=False)[measures].agg(["mean", "min", "max"])
-    return figure, table.round(4)
+    return figure, runs.groupby(groups, sort=False)[measures].agg(["mean", "min", "max"]).round(4)
 
 
 def _label(change):
@@ -804,32 +759,31 @@ def _cells_to_run(notebook):
     raise ValueError(f"{notebook}: it has no cell that calls run_settings")
 
 
-def _run_missing(runs, code, data, folder, scheduler, patience, raise_if_interrupted):
+def _run_missing(runs, task, data, folder, scheduler, raise_if_interrupted):
     """Run changes and settings, by the folders for the runs, on Dask workers; keep what is done."""
+    import dask
     from dask.system import CPU_COUNT
-    from distributed import Client, LocalCluster
-    from distributed.diagnostics.plugin import UploadFile
+    from distributed import Client
     from tqdm import tqdm
 
+    local = {"n_workers": min(len(runs), CPU_COUNT), "threads_per_worker": 1}
+    share = str(CPU_COUNT // local["n_workers"])
+    local["env"] = {"TF_NUM_INTRAOP_THREADS": share, "OMP_NUM_THREADS": share}
+    local |= {"dashboard_address": ":0", "silence_logs": 50}
+    images = {x: getattr(data, x).reshape(-1, SIDE, SIDE) for x in ("x_train", "x_test")}
+    np.savez_compressed(copy := io.BytesIO(), **{**data._asdict(), **images})
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".", dir=folder)))
-        bundle = f"vae2{scratch.name}.npz"  # a copy of MNIST with the code in it
-        images = {x: getattr(data, x).reshape(-1, SIDE, SIDE) for x in ("x_train", "x_test")}
-        np.savez_compressed(scratch / bundle, **{**data._asdict(), **images}, code=code)
-        stack.enter_context(quiet_start())  # of workers, as they are interrupted or end
-        if scheduler is None:
-            workers = min(len(runs), CPU_COUNT)
-            threads = ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
-            env = dict.fromkeys(threads, str(CPU_COUNT // workers))
-            options = {"threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": 50}
-            scheduler = stack.enter_context(LocalCluster(n_workers=workers, env=env, **options))
-        client = stack.enter_context(Client(scheduler))
-        client.register_plugin(UploadFile(scratch / bundle, load=False), name=bundle)
-        began, task = set(), _task(bundle, patience)
-        client.subscribe_topic(bundle, lambda event: began.add(event[1]))
-        waiting = {client.submit(task, run[1], retries=2): path for path, run in runs.items()}
-        bar = stack.enter_context(tqdm(total=len(runs), unit="run", ncols=99, file=sys.stdout))
+    with (
+        tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch,
+        quiet_start(),  # of workers, as they are interrupted or end
+        dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 GB"}),
+        Client(scheduler, **({} if scheduler else local)) as client,
+        tqdm(total=len(runs), unit="run", ncols=99, file=sys.stdout) as bar,
+    ):
+        mnist = client.submit(bytes, copy.getvalue())  # a task, since workers can do it again
+        waiting = {
+            client.submit(task, mnist, run[1], retries=2): path for path, run in runs.items()
+        }
         while waiting:
             time.sleep(0.5)
             raise_if_interrupted()
@@ -837,24 +791,21 @@ def _run_missing(runs, code, data, folder, scheduler, patience, raise_if_interru
                 raise ConnectionError("the scheduler is gone")
             for future in [future for future in waiting if future.done()]:
                 path = waiting.pop(future)
-                files = future.exception() if future.status == "error" else future.result()
+                files = future.exception() or future.result()
                 if isinstance(files, dict):
-                    (scratch / path.name).mkdir()
+                    (new := Path(scratch, path.name)).mkdir()
                     for name, content in files.items():
-                        (scratch / path.name / name).write_bytes(content)
-                    (scratch / path.name).rename(path)
+                        (new / name).write_bytes(content)
+                    new.rename(path)
                 else:
                     bar.write(f"{_label(runs[path][0])} failed: {files}", file=sys.stdout)
                 bar.update()
-            running = [_label(runs[p][0]) for future, p in waiting.items() if future.key in began]
-            bar.set_postfix_str(f"running: {'; '.join(running)}")
 
 
-def _task(bundle, patience):
+def _task(sources, helper, patience):
     """Return what runs on a worker: an inner function, since Dask sends such with all its code."""
-    check = CHECK_RUN  # as part of that code
 
-    def run_notebook(settings):
+    def run_notebook(mnist, settings):
         from distributed import get_worker
         from nbclient import NotebookClient
         from nbclient.exceptions import CellExecutionError
@@ -870,17 +821,18 @@ def _task(bundle, patience):
             raise TimeoutError
 
         worker = get_worker()
-        worker.log_event(bundle, worker.get_current_task())
         task = worker.state.tasks[worker.get_current_task()]
-        data_path = os.path.join(worker.local_directory, bundle)
-        sources, helper = json.loads(np.load(data_path)["code"].item())
-        asked = {**settings, "data_path": data_path, "output_dir": "kept"}
+        asked = {**settings, "data_path": "mnist.npz", "output_dir": "kept"}
         parameters = "\n".join(f"{name} = {value!r}" for name, value in asked.items())
-        sources = [parameters if source is None else source for source in sources]
-        sources.append(f"asked = {asked}{check}")
-        notebook = v4.new_notebook(cells=[v4.new_code_cell(source) for source in sources])
+        cells = [parameters if source is None else source for source in sources] + [
+            f"wrong = {{n: trained_with[n] for n, x in {asked}.items() if trained_with[n] != x}}\n"
+            "assert not wrong, f'a cell set {wrong}, other than asked'\n"
+            "assert len(samples) == epochs, 'its loss did not stay finite'"
+        ]
+        notebook = v4.new_notebook(cells=[v4.new_code_cell(source) for source in cells])
         env = {"TF_NUM_INTRAOP_THREADS": "1", **os.environ}
         with tempfile.TemporaryDirectory(dir=worker.local_directory) as folder:
+            Path(folder, "mnist.npz").write_bytes(mnist)
             Path(folder, "vae_helpers.py").write_text(helper, "utf-8")
             try:
                 asyncio.run(execute(cwd=folder, env=env))

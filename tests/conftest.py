@@ -1,6 +1,7 @@
 """What the tests share: small real data, and the notebook run here or in a real kernel."""
 
 import base64
+import gc
 import os
 import pickle
 import sys
@@ -125,6 +126,8 @@ class Notebook(Runner):
         super().__init__()
         self.module = types.ModuleType("__main__")
         self._pictures = pictures
+        gc.collect()
+        gc.freeze()  # `report_epoch` collects anew: only what this notebook adds, to be fast
 
     def execute_cell(self, cell, _):
         """Run a cell, keep its outputs and return it."""
