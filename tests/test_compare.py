@@ -18,7 +18,7 @@ import numpy as np
 import pandas
 import psutil
 import pytest
-from conftest import NOTEBOOK, ROOT, SMALL, Kernel, cell_source, pictures, printed
+from conftest import NOTEBOOK, ROOT, Kernel, cell_source, pictures, printed
 from dask.system import CPU_COUNT
 
 import vae_helpers
@@ -282,33 +282,6 @@ def test_a_kernel_that_hangs_is_ended_and_what_went_wrong_is_reported(here, name
     assert is_over(kernel)
 
 
-def test_workers_elsewhere_give_the_same_bits(here, names, cluster):
-    digits = vae_helpers.load_offline_digits(copies=1)
-    digits = digits._replace(x_train=digits.x_train[:600], y_train=digits.y_train[:600])
-    names = {**names, **SMALL, "epochs": 1}
-    (local, other), (remote,) = (
-        vae_helpers.run_settings(
-            {"seed": seeds}, names, digits, folder, scheduler, notebook=ROOT / "vae2.ipynb"
-        ).to_dict("records")
-        for seeds, folder, scheduler in [([7, 8], "local", None), ([7], "remote", cluster[0])]
-    )
-    assert local["change"] == remote["change"] == {"seed": 7}
-    assert local["data"] == digits.name
-    assert local["data_digest"] == digits.digest
-    for results in (local, remote, other):
-        assert results.pop("seconds") > 0
-    np.testing.assert_array_equal(local["digits"], remote["digits"])
-    assert local["vae_loss"] == remote["vae_loss"] != other["vae_loss"]
-    path = Path("remote", local["folder"].name)
-    assert path == remote["folder"]
-    kept = vae_helpers.load_run(path)  # whole, as a folder of `output_dir`
-    own = names.keys() & remote.keys() - {"data_path", "output_dir"}
-    assert all(kept.hyperparameters[name] == remote[name] for name in own)
-    np.testing.assert_array_equal(kept.samples[-1], remote["digits"])
-    executed = nbformat.read(path / "vae2.ipynb", as_version=4)  # with all its figures
-    assert sum(len(pictures(cell)) for cell in executed.cells) >= 9
-
-
 BETA = """
 classification_loss = tf.nn.sparse_softmax_cross_entropy_with_logits
 def kl_loss(z_mean, z_log_var):
@@ -316,28 +289,38 @@ def kl_loss(z_mean, z_log_var):
 """
 
 
-def test_a_name_of_ones_own_in_a_copy_without_ids_is_compared(here, names, tiny, capsys):
+def test_a_copy_with_a_name_of_ones_own_gives_the_same_bits_elsewhere(
+    here, names, tiny, cluster, monkeypatch, capsys
+):
     cells = nbformat.from_dict(NOTEBOOK).cells
-    for cell in cells:
-        if cell.id == "parameters":
-            cell.source += "\nbeta = 4.0"
-        if cell.id == "loss":
-            cell.source += BETA
-        del cell["id"]
-    metadata = NOTEBOOK.metadata
-    copy = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 4}
+    for cell in cells:  # without ids, as some editors leave them
+        cell.source += {"parameters": "\nbeta = 4.0", "loss": BETA}.get(cell.pop("id"), "")
+    copy = {"cells": cells, "metadata": NOTEBOOK.metadata, "nbformat": 4, "nbformat_minor": 4}
     Path("vae2-Copy1.ipynb").write_text(json.dumps(copy))
-    own = {**names, **tiny, "beta": 4.0, "In": ["data_path, seed = None, 0\nbeta = 4.0"]}
-    own["In"] = ["data_path = None\nseed = 0\nbeta = 4.0"]
+    monkeypatch.setenv("JPY_SESSION_NAME", str(here / "vae2-Copy1.ipynb"))
+    own = {**names, **tiny, "beta": 4.0, "In": ["data_path = None\nseed = 0\nbeta = 4.0"]}
     data = vae_helpers.load_mnist(tiny["data_path"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JPY_SESSION_NAME", str(here / "vae2-Copy1.ipynb"))
-        runs = vae_helpers.run_settings({"beta": [0.1, 9.0]}, own, data, "own")
+    (local, other), (remote,) = (
+        vae_helpers.run_settings({"beta": values}, own, data, *place).to_dict("records")
+        for *place, values in [("local", None, [0.1, 9.0]), ("remote", cluster[0], [0.1])]
+    )
     assert "vae2-Copy1.ipynb" in capsys.readouterr().out
-    assert list(runs["beta"]) == [0.1, 9.0]
-    assert runs["vae_loss"].nunique() == 2
-    kept = [vae_helpers.load_run(folder).hyperparameters["beta"] for folder in runs["folder"]]
-    assert kept == [0.1, 9.0]
+    assert local["change"] == remote["change"] == {"beta": 0.1}
+    assert local["data"] == data.name
+    assert local["data_digest"] == data.digest
+    for results in (local, remote, other):
+        assert results.pop("seconds") > 0
+        kept = vae_helpers.load_run(results["folder"])  # whole, as a folder of `output_dir`
+        chosen = own.keys() & results.keys() - {"data_path", "output_dir"}
+        assert chosen > {"beta", "z_dim"}
+        assert all(kept.hyperparameters[name] == results[name] for name in chosen)
+        np.testing.assert_array_equal(kept.samples[-1], results["digits"])
+    np.testing.assert_array_equal(local["digits"], remote["digits"])
+    assert local["vae_loss"] == remote["vae_loss"] != other["vae_loss"]
+    path = Path("remote", local["folder"].name)
+    assert path == remote["folder"]
+    executed = nbformat.read(path / "vae2.ipynb", as_version=4)  # with all its figures
+    assert sum(len(pictures(cell)) for cell in executed.cells) >= 9
 
 
 def test_a_notebook_that_cannot_be_compared_is_named(here, names):
