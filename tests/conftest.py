@@ -24,29 +24,14 @@ CODE_CELLS = [cell.id for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 RESULT_CELLS = CODE_CELLS[CODE_CELLS.index("train") + 1 :]
 
 # Settings with which the notebook trains in seconds.
-SMALL = {
-    "epochs": 3,
-    "batch_size": 50,
-    "hidden_layers": [64],
-    "z_dim": 4,
-    "learning_rate": 0.01,
-}
+SMALL = {"epochs": 3, "batch_size": 50, "hidden_layers": [64], "z_dim": 4, "learning_rate": 0.01}
 TINY = {**SMALL, "epochs": 2, "hidden_layers": [32], "batch_size": 60}
 
 # The basics first, so that a broken one is known at once; real kernels and browsers last.
-ORDER = (
-    "settings",
-    "figures",
-    "losses",
-    "data",
-    "handwriting",
-    "results",
-    "reruns",
-    "kernels",
-    "compare",
-    "whole_runs",
-    "frontends",
-)
+ORDER = [
+    "settings", "figures", "losses", "data", "handwriting", "results", "reruns", "kernels",
+    "compare", "whole_runs", "frontends",
+]  # fmt: skip
 
 
 def pytest_configure():
