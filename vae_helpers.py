@@ -278,7 +278,12 @@ def _vary(image, random):
 def snapshot(owners):
     """Return a function that puts all variables of Keras models or optimizers back as they are."""
     kept = [(variable, variable.numpy()) for owner in owners for variable in owner.variables]
-    return lambda: [variable.assign(value) for variable, value in kept]
+
+    def restore():
+        for variable, value in kept:
+            variable.assign(value)
+
+    return restore
 
 
 @contextlib.contextmanager
@@ -780,6 +785,8 @@ def _run_missing(runs, task, data, folder, scheduler, raise_if_interrupted):
         Client(scheduler, **({} if scheduler else local)) as client,
         tqdm(total=len(runs), unit="run", ncols=99, file=sys.stdout) as bar,
     ):
+        began = set()
+        client.subscribe_topic("vae2", lambda event: began.add(event[1]))
         mnist = client.submit(bytes, copy.getvalue())  # a task, since workers can do it again
         waiting = {
             client.submit(task, mnist, run[1], retries=2): path for path, run in runs.items()
@@ -800,6 +807,8 @@ def _run_missing(runs, task, data, folder, scheduler, raise_if_interrupted):
                 else:
                     bar.write(f"{_label(runs[path][0])} failed: {files}", file=sys.stdout)
                 bar.update()
+            running = [_label(runs[path][0]) for run, path in waiting.items() if run.key in began]
+            bar.set_postfix_str(f"running: {'; '.join(running)}")
 
 
 def _task(sources, helper, patience):
@@ -822,6 +831,7 @@ def _task(sources, helper, patience):
 
         worker = get_worker()
         task = worker.state.tasks[worker.get_current_task()]
+        worker.log_event("vae2", task.key)
         asked = {**settings, "data_path": "mnist.npz", "output_dir": "kept"}
         parameters = "\n".join(f"{name} = {value!r}" for name, value in asked.items())
         cells = [parameters if source is None else source for source in sources] + [

@@ -47,6 +47,8 @@ def test_losses_decrease(notebook):
 
 def test_one_figure_and_a_line_for_each_epoch(notebook):
     assert len(pictures(notebook.cell("train"))) == 1
+    kinds = {output.output_type for output in notebook.cell("train").outputs}
+    assert kinds == {"stream", "display_data"}  # and no value of the last line
     lines = printed(notebook.cell("train")).splitlines()
     progress = [line for line in lines if line.startswith("epoch")]
     assert len(progress) == SMALL["epochs"]
