@@ -70,7 +70,7 @@ def quiet_start():
 
 
 # Settings
-# Those names of Keras at which a layer keeps its width, and all of its optimizers:
+# The names of Keras' activations that keep a layer's width, and of its optimizers.
 ACTIVATIONS = """celu elu exponential gelu hard_shrink hard_sigmoid hard_silu hard_swish hard_tanh
     leaky_relu linear log_sigmoid log_softmax mish relu relu6 selu sigmoid silu soft_shrink softmax
     softplus softsign sparse_plus sparse_sigmoid sparsemax squareplus swish tanh tanh_shrink"""
@@ -787,9 +787,9 @@ def _run_missing(runs, task, data, folder, scheduler, raise_if_interrupted):
     ):
         began = set()
         client.subscribe_topic("vae2", lambda event: began.add(event[1]))
-        mnist = client.submit(bytes, copy.getvalue())  # a task, since workers can do it again
+        packed = client.submit(bytes, copy.getvalue())  # a task: workers can do it again
         waiting = {
-            client.submit(task, mnist, run[1], retries=2): path for path, run in runs.items()
+            client.submit(task, packed, run[1], retries=2): path for path, run in runs.items()
         }
         while waiting:
             time.sleep(0.5)
@@ -814,7 +814,7 @@ def _run_missing(runs, task, data, folder, scheduler, raise_if_interrupted):
 def _task(sources, helper, patience):
     """Return what runs on a worker: an inner function, since Dask sends such with all its code."""
 
-    def run_notebook(mnist, settings):
+    def run_notebook(packed, settings):
         from distributed import get_worker
         from nbclient import NotebookClient
         from nbclient.exceptions import CellExecutionError
@@ -832,7 +832,7 @@ def _task(sources, helper, patience):
         worker = get_worker()
         task = worker.state.tasks[worker.get_current_task()]
         worker.log_event("vae2", task.key)
-        asked = {**settings, "data_path": "mnist.npz", "output_dir": "kept"}
+        asked = {**settings, "data_path": "data.npz", "output_dir": "kept"}
         parameters = "\n".join(f"{name} = {value!r}" for name, value in asked.items())
         cells = [parameters if source is None else source for source in sources] + [
             f"wrong = {{n: trained_with[n] for n, x in {asked}.items() if trained_with[n] != x}}\n"
@@ -842,7 +842,7 @@ def _task(sources, helper, patience):
         notebook = v4.new_notebook(cells=[v4.new_code_cell(source) for source in cells])
         env = {"TF_NUM_INTRAOP_THREADS": "1", **os.environ}
         with tempfile.TemporaryDirectory(dir=worker.local_directory) as folder:
-            Path(folder, "mnist.npz").write_bytes(mnist)
+            Path(folder, "data.npz").write_bytes(packed)
             Path(folder, "vae_helpers.py").write_text(helper, "utf-8")
             try:
                 asyncio.run(execute(cwd=folder, env=env))

@@ -201,20 +201,18 @@ def test_a_file_cut_off_anywhere_is_refused(copy, few_arrays):
 def test_idx_with_a_damaged_header_or_a_byte_too_many(suffix, few_arrays, tmp_path):
     # A plain IDX file has no checksum: damage to a pixel cannot be seen, damage to the header can.
     write_idx(tmp_path, few_arrays, suffix)
-    opened = gzip.open if suffix else open
+    pack, unpack = (gzip.compress, gzip.decompress) if suffix else (bytes, bytes)
     for name, header_bytes in zip(IDX_NAMES.values(), (16, 8, 16, 8), strict=True):
         path = tmp_path / (name + suffix)
-        whole = opened(path, "rb").read()
+        whole = unpack(path.read_bytes())
         contents = [whole + b"\0", whole[:4] + b"\xff" * 4 + whole[8:], whole[3::-1] + whole[4:]]
         for position, flip in itertools.product(range(header_bytes), (1, 0x80, 0xFF)):
             contents.append(bytearray(whole))
             contents[-1][position] ^= flip
         for content in contents:
-            with opened(path, "wb") as file:
-                file.write(content)
+            path.write_bytes(pack(content))
             assert is_refused(tmp_path, few_arrays, named=path)
-        with opened(path, "wb") as file:
-            file.write(whole)
+        path.write_bytes(pack(whole))
 
 
 def test_gzip_that_unpacks_to_far_more_is_read_no_further(few_arrays, tmp_path):
