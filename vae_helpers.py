@@ -275,6 +275,20 @@ def _vary(image, random):
 
 
 # Training
+def dense_by_digit(x, digit_probs, units, name=None):
+    """Connect a dense layer to `x`, one of its own for each digit, the ten weighted and summed.
+
+    From Keras tensors x [batch, N] and digit_probs [batch, 10] to one [batch, units]. `None` as
+    digit_probs makes one dense layer for all digits.
+    """
+    from keras import layers
+
+    if digit_probs is None:
+        return layers.Dense(units, name=name)(x)
+    of_each_digit = layers.Reshape([DIGITS, units])(layers.Dense(DIGITS * units)(x))
+    return layers.Dot(1, name=name)([of_each_digit, digit_probs])
+
+
 def snapshot(owners):
     """Return a function that puts all variables of Keras models or optimizers back as they are."""
     kept = [(variable, variable.numpy()) for owner in owners for variable in owner.variables]

@@ -1,5 +1,6 @@
 """The losses and the training step, each against an oracle worked out apart."""
 
+import keras
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -118,6 +119,18 @@ def test_gradients_of_any_layer_are_shortened_by_unit(shape):
     expected = units * np.minimum(1, 0.3 / np.linalg.norm(units, axis=0))
     np.testing.assert_allclose(clipped, expected.reshape(shape), rtol=1e-5)
     assert vae_helpers.clip([gradient], None) == [gradient]
+
+
+def test_a_layer_for_each_digit_is_the_mean_of_ten_layers():
+    random = np.random.default_rng(0)
+    x, digit_probs = random.normal(size=[6, 5]), random.dirichlet(np.ones(10), size=6)
+    inputs = keras.Input([5]), keras.Input([10])
+    network = keras.Model(inputs, vae_helpers.dense_by_digit(*inputs, units=3))
+    kernel, bias = (random.normal(size=w.shape) for w in network.weights)
+    network.set_weights([kernel, bias])
+    of_each_digit = np.einsum("bi,ido->bdo", x, kernel.reshape(5, 10, 3)) + bias.reshape(10, 3)
+    expected = np.einsum("bdo,bd->bo", of_each_digit, digit_probs)
+    np.testing.assert_allclose(network.predict([x, digit_probs], verbose=0), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 30, 127])
