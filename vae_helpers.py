@@ -279,14 +279,16 @@ def dense_by_digit(x, digit_probs, units, name=None):
     """Connect a dense layer to `x`, one of its own for each digit, the ten weighted and summed.
 
     From Keras tensors x [batch, N] and digit_probs [batch, 10] to one [batch, units]. `None` as
-    digit_probs makes one dense layer for all digits.
+    digit_probs makes one dense layer for all digits. The layer is called `name`.
     """
-    from keras import layers
+    from keras import layers, ops
 
     if digit_probs is None:
         return layers.Dense(units, name=name)(x)
-    of_each_digit = layers.Reshape([DIGITS, units])(layers.Dense(DIGITS * units)(x))
-    return layers.Dot(1, name=name)([of_each_digit, digit_probs])
+    of_each_digit = layers.Dense(DIGITS * units, name=name)(x)
+    of_each_digit = layers.Reshape([DIGITS, units])(of_each_digit)
+    # Compiled, a product and a sum are faster than a batch of small matrix products.
+    return ops.sum(of_each_digit * ops.expand_dims(digit_probs, axis=2), axis=1)
 
 
 def snapshot(owners):
