@@ -76,7 +76,7 @@ ODD_HIDDEN_PART = """def hidden_part(inputs, widths, skips=False):
         x = keras.layers.Flatten()(x)
     for width in widths:
         x = keras.layers.Dense(width, activation=activation)(x)
-        x = keras.layers.BatchNormalization()(x)
+        x = keras.layers.BatchNormalization(momentum=0.5)(x)
         x = keras.layers.LayerNormalization()(x)
         x = keras.layers.Dropout(0.2)(x)
     return x
