@@ -101,9 +101,11 @@ def frechet_distance(features, others):
     return moved @ moved + np.trace(covariance) + np.trace(other) - 2 * roots.sum()
 
 
-def measure(judge, data, parameters):
-    """Run the notebook in a kernel; return the columns of its row, as numbers."""
-    digits = data.y_test
+def measure(judge, digits, test_features, parameters):
+    """Run the notebook in a kernel; return the columns of its row, as numbers.
+
+    It is asked for `digits` [N], of the test images; `test_features` [N, 128] are the judge's.
+    """
     with Kernel() as kernel:
         kernel.run(last="uses", **parameters)
         history = kernel.fetch("history")
@@ -115,7 +117,6 @@ def measure(judge, data, parameters):
         rows = kernel.fetch("samples")
         rows = np.concatenate([rows, kernel.fetch(f"generate_all_digits({styles}[:1000])")])
 
-    test_features, _ = look(judge, data.x_test)
     features, read = look(judge, 255 * images)
     reconstructed_features, _ = look(judge, 255 * reconstructions)
     readable = look(judge, 255 * rows.reshape(-1, 784))[1].reshape(-1, 10) == np.arange(10)
@@ -148,7 +149,7 @@ def main():
     print("|---" * (1 + len(COLUMNS)) + "|")
     for name, parameters in RUNS.items():
         runs = [{**parameters, "data_path": path, "seed": seed} for seed in SEEDS]
-        seeds = [measure(judge, data, run) for run in runs]
+        seeds = [measure(judge, data.y_test, test_features, run) for run in runs]
         cells = [
             f"{np.median(values):.{places}f} ({min(values):.{places}f} to {max(values):.{places}f})"
             for values, places in zip(np.transpose(seeds), COLUMNS.values(), strict=True)
