@@ -708,21 +708,18 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook=None, pa
 
     here = os.environ.get("JPY_SESSION_NAME") or names.get("__vsc_ipynb_file__") or "vae2.ipynb"
     notebook, folder = Path(notebook or here).expanduser(), Path(folder).expanduser()
-    sources, helper = _cells_to_run(notebook), Path(__file__).read_text("utf-8")
+    code = _cells_to_run(notebook), Path(__file__).read_text("utf-8")
     fixed, runs = {"data_path": None, "output_dir": None}, {}
     for change in ParameterGrid(compare):
         settings = check_hyperparameters({**names, **change, **fixed}, len(data.x_train))
         if wrong := change.keys() - (settings.keys() - fixed):
             raise ValueError(f"{', '.join(sorted(wrong))}: no hyperparameter to compare")
-        content = json.dumps([sources, helper, data.digest, settings], sort_keys=True)
+        content = json.dumps([*code, data.digest, settings], sort_keys=True)
         runs[folder / hashlib.sha256(content.encode()).hexdigest()[:16]] = (change, settings)
     print(f"Runs of {os.path.relpath(notebook)}")
     if missing := {path: run for path, run in runs.items() if not path.exists()}:
         try:
-            with ending_early("What is done is kept; run this cell again to go on.") as check:
-                _run_missing(
-                    missing, _task(sources, helper, patience), data, folder, scheduler, check
-                )
+            _run_missing(missing, _task(*code, patience), data, folder, scheduler)
         except OSError as error:
             raise OSError(f"{error}: {folder} keeps what is done; run this again") from error
     rows = []
@@ -764,37 +761,35 @@ def _label(change):
 
 def _cells_to_run(notebook):
     """Return the sources of code cells up to the one that compares, `None` for the parameters."""
+    sources = []
     try:
-        cells, sources = json.loads(notebook.read_text("utf-8"))["cells"], []
+        for cell in json.loads(notebook.read_text("utf-8"))["cells"]:
+            tags, source = cell["metadata"].get("tags", []), "".join(cell["source"])
+            if "run_settings(" in source and cell["cell_type"] == "code" and None in sources:
+                return sources
+            if cell["cell_type"] == "code" and "injected-parameters" not in tags:  # by papermill
+                sources.append(None if "parameters" in tags else source)
+        raise ValueError("no cell that calls run_settings after one that is tagged parameters")
     except (OSError, ValueError, KeyError) as error:
         message = f"{notebook}: no notebook to compare; say which with `notebook` ({error})"
         raise ValueError(message) from error
-    for cell in (cell for cell in cells if cell["cell_type"] == "code"):
-        tags, source = cell["metadata"].get("tags", []), "".join(cell["source"])
-        if "run_settings(" in source:
-            if sources.count(None) != 1:
-                raise ValueError(f"{notebook}: not one cell before that is tagged parameters")
-            return sources
-        if "injected-parameters" not in tags:  # of papermill: a former run's
-            sources.append(None if "parameters" in tags else source)
-    raise ValueError(f"{notebook}: it has no cell that calls run_settings")
 
 
-def _run_missing(runs, task, data, folder, scheduler, raise_if_interrupted):
+def _run_missing(runs, task, data, folder, scheduler):
     """Run changes and settings, by the folders for the runs, on Dask workers; keep what is done."""
     import dask
     from dask.system import CPU_COUNT
     from distributed import Client
     from tqdm import tqdm
 
-    local = {"n_workers": min(len(runs), CPU_COUNT), "threads_per_worker": 1}
-    share = str(CPU_COUNT // local["n_workers"])
-    local["env"] = {"TF_NUM_INTRAOP_THREADS": share, "OMP_NUM_THREADS": share}
-    local |= {"dashboard_address": ":0", "silence_logs": 50}
+    workers, threads = min(len(runs), CPU_COUNT), ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
+    local = {"n_workers": workers, "env": dict.fromkeys(threads, str(CPU_COUNT // workers))}
+    local |= {"threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": 50}
     images = {x: getattr(data, x).reshape(-1, SIDE, SIDE) for x in ("x_train", "x_test")}
     np.savez_compressed(copy := io.BytesIO(), **{**data._asdict(), **images})
     folder.mkdir(parents=True, exist_ok=True)
     with (
+        ending_early("What is done is kept; run this cell again to go on.") as raise_if_interrupted,
         tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch,
         quiet_start(),  # of workers, as they are interrupted or end
         dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 GB"}),
