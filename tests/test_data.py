@@ -32,7 +32,6 @@ IDX_NAMES = {
     "y_test": "t10k-labels-idx1-ubyte",
 }
 
-
 MEMORY = 256 << 20  # bytes that reading a damaged small file may take at most
 
 

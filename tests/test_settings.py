@@ -19,9 +19,7 @@ exec(cell_source(NOTEBOOK, "parameters"), DEFAULTS)
 del DEFAULTS["__builtins__"]
 LIKELIHOODS = {"likelihoods": ["gaussian", "bernoulli"]}
 
-
 INF, NAN = math.inf, math.nan
-
 
 # Values that are refused, by name.
 BAD = {
@@ -48,9 +46,7 @@ BAD = {
     "clip_norm": [0, -5, NAN, INF, "5"],
 }  # fmt: skip
 
-
 CASES = [(name, value) for name, values in BAD.items() for value in values]
-
 
 ALLOWED = ("Input should be", "List should have", "String should have")
 
