@@ -480,7 +480,7 @@ def plot_styles(z_mean, digits, *, title=None):
     ax = figure.subplots()
     for digit in range(DIGITS):
         x, y = directions[:2] @ centred[:-2][np.equal(digits, digit)].T
-        ax.scatter(x, y, 22, f"C{digit}", marker=f"${digit}$", alpha=0.7, linewidths=0)
+        ax.scatter(x, y, 28, f"C{digit}", marker=f"${digit}$", alpha=0.9, linewidths=0)
     ax.set_xlabel(f"first principal component ({shares[0]:.0%} of the variance)")
     ax.set_ylabel(f"second principal component ({shares[1]:.0%})")
     ax.set_aspect("equal")
