@@ -8,6 +8,7 @@ torch and jax are installed.
 """
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import math
@@ -29,8 +30,10 @@ ARTICLE_VAE_LOSS = 224.2  # of the test set, after the 20 epochs of the article'
 SHORT = {"epochs": 2, "distortion": 0.0, "learning_rate": 0.04}
 
 
-def run_notebook(last, parameters):
+def run_notebook(last, parameters, backend="tensorflow"):
     """Run the notebook's cells up to `last` with these parameters; return the module they fill."""
+    os.environ["KERAS_BACKEND"] = backend
+    importlib.import_module("keras")  # now: the notebook itself asks for TensorFlow
     return Notebook().run(last=last, **parameters).module
 
 
@@ -83,12 +86,11 @@ def python_loop(parameters):
 
 def jax_epoch(parameters):
     """Return an epoch of the notebook's networks with the settings CORE, as one program of JAX."""
-    os.environ["KERAS_BACKEND"] = "jax"
     import jax
-    import keras
     from jax import numpy as jnp
 
-    names = run_notebook("networks", parameters)
+    names = run_notebook("networks", parameters, backend="jax")
+    keras = names.keras
     images, digits = jnp.asarray(names.data.x_train), jnp.asarray(names.data.y_train)
     steps = len(images) // names.batch_size
     decay = keras.optimizers.schedules.CosineDecay(names.learning_rate, names.epochs * steps)
@@ -145,11 +147,10 @@ def jax_epoch(parameters):
 
 def pytorch(parameters):
     """Return an epoch of the notebook's networks in PyTorch, eager."""
-    os.environ["KERAS_BACKEND"] = "torch"
     import torch
     from torch.nn import functional
 
-    names = run_notebook("networks", parameters)
+    names = run_notebook("networks", parameters, backend="torch")
     encoder, classifier, decoder = names.networks
     weights = [weight for network in names.networks for weight in network.parameters()]
     optimizer = torch.optim.SGD(weights, names.learning_rate, names.momentum, nesterov=True)
