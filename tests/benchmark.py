@@ -146,13 +146,40 @@ def jax_epoch(parameters):
 
 
 def pytorch(parameters):
-    """Return an epoch of the notebook's networks in PyTorch, eager."""
+    """Return an epoch of the same model written in PyTorch, eager."""
     import torch
     from torch.nn import functional
 
-    names = run_notebook("networks", parameters, backend="torch")
-    encoder, classifier, decoder = names.networks
-    weights = [weight for network in names.networks for weight in network.parameters()]
+    names = run_notebook("data", parameters)  # for hyperparameters and data
+    activation = getattr(functional, names.activation)
+
+    class HiddenPart(torch.nn.Module):
+        def __init__(self, inputs, widths, outputs, skips=False):
+            super().__init__()
+            self.inputs, self.skips = inputs, skips
+            sizes = [inputs, *(width + skips * inputs for width in widths)]
+            self.hidden = torch.nn.ModuleList(map(torch.nn.Linear, sizes, widths))
+            self.output = torch.nn.Linear(sizes[-1], outputs)
+
+        def forward(self, inputs):
+            x = inputs
+            for layer in self.hidden:
+                x = activation(layer(x))
+                x = torch.cat([x, inputs], dim=1) if self.skips else x
+            return self.output(x)
+
+    def by_digit(of_each_digit, digit_probs):
+        return torch.einsum("bdi,bd->bi", of_each_digit.unflatten(1, [10, -1]), digit_probs)
+
+    def decode(z, digit_probs):
+        described = [z, by_digit(own_style(z), digit_probs), digit_probs]
+        return torch.sigmoid(decoder(torch.cat(described, dim=1)))
+
+    z_dim, widths = names.z_dim, names.hidden_layers
+    encoder, classifier = HiddenPart(784, widths, 20 * z_dim), HiddenPart(784, widths, 10)
+    own_style = torch.nn.Linear(z_dim, 10 * z_dim)
+    decoder = HiddenPart(2 * z_dim + 10, widths[::-1], 784, skips=True)
+    weights = [w for net in (encoder, classifier, own_style, decoder) for w in net.parameters()]
     optimizer = torch.optim.SGD(weights, names.learning_rate, names.momentum, nesterov=True)
     images = torch.tensor(names.data.x_train.astype(np.float32) / 255)
     digits = torch.tensor(names.data.y_train.astype(np.int64))
@@ -162,7 +189,8 @@ def pytorch(parameters):
     basis = torch.einsum("ij,iy,jx->ijyx", amplitudes, waves, waves)
 
     def distort(x):
-        moves = torch.tensordot(2 * torch.rand([15, 2, 4, 4]) - 1, basis, dims=2)
+        warps = 2 * torch.rand([15, 2, 4, 4]) - 1
+        moves = torch.tensordot(warps, basis, dims=2)
         source_x, source_y = moves[:, 0] + position, moves[:, 1] + position[:, None]
         row_weights = functional.relu(1 - abs(source_x[:, :, None] - position[:, None]))
         column_weights = functional.relu(1 - abs(source_y[:, None] - position[:, None, None]))
@@ -170,30 +198,31 @@ def pytorch(parameters):
         return torch.einsum("gnvx,gvyx->gnyx", moved, column_weights).reshape(-1, 784)
 
     def step(x, y):
-        digit_logits = classifier(distort(x))
-        digit_probs = torch.softmax(digit_logits, dim=1).detach()
-        z_mean, z_log_var = encoder([x, digit_probs])
+        logits = classifier(distort(x) if names.distortion else x)
+        digit_probs = torch.softmax(logits, dim=1).detach()
+        z_mean, z_log_var = by_digit(encoder(x), digit_probs).chunk(2, dim=1)
         z = z_mean + torch.exp(z_log_var / 2) * torch.randn_like(z_mean)
-        decoded = decoder([z, digit_probs])
-        reconstruction = ((x - decoded) / names.decoder_std).square().sum(dim=1).mean() / 2
+        reconstructions = decode(z, digit_probs)
+        reconstruction = ((x - reconstructions) / names.decoder_std).square().sum(dim=1).mean() / 2
         kl = (z_mean.square() + z_log_var.exp() - z_log_var - 1).sum(dim=1).mean() / 2
-        classification = functional.cross_entropy(digit_logits, y)
-        asked, style = torch.randint(10, [15]), 1.1 * torch.randn([15, names.z_dim])
-        drawn = decoder([style, functional.one_hot(asked, 10).float()])
-        frozen = [weight.value.detach() for weight in classifier.trainable_variables]
-        read = functional.cross_entropy(classifier.stateless_call(frozen, [], drawn)[0], asked)
+        classification = functional.cross_entropy(logits, y)
+        asked, style = torch.randint(10, [15]), torch.randn([15, z_dim])
+        drawn = decode(style, functional.one_hot(asked, 10).float())
+        frozen = {name: weight.detach() for name, weight in classifier.named_parameters()}
+        read = torch.func.functional_call(classifier, frozen, drawn)
         loss = reconstruction + kl + names.classification_weight * classification
+        loss = loss + names.asked_digit_weight * functional.cross_entropy(read, asked)
         optimizer.zero_grad()
-        (loss + names.asked_digit_weight * read).backward()
+        loss.backward()
         for weight in weights:
-            norm = weight.grad.norm(dim=0, keepdim=True)
+            norm = weight.grad.norm(dim=-1, keepdim=weight.ndim > 1)
             weight.grad *= names.clip_norm / norm.clamp(min=names.clip_norm)
         optimizer.step()
-        return reconstruction.item() + kl.item()
+        return loss.item()
 
     def run():
-        batches = torch.randperm(len(images)).split(names.batch_size)
-        return [step(images[batch], digits[batch]) for batch in batches][-1]
+        for batch in torch.randperm(len(images)).split(names.batch_size):
+            step(images[batch], digits[batch])
 
     return run
 
