@@ -719,7 +719,8 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook=None, pa
     print(f"Runs of {os.path.relpath(notebook)}")
     if missing := {path: run for path, run in runs.items() if not path.exists()}:
         try:
-            _run_missing(missing, _task(*code, patience), data, folder, scheduler)
+            with ending_early("What is done is kept; run this cell again to go on.") as check:
+                _run_missing(missing, _task(*code, patience), data, folder, scheduler, check)
         except OSError as error:
             raise OSError(f"{error}: {folder} keeps what is done; run this again") from error
     rows = []
@@ -765,17 +766,18 @@ def _cells_to_run(notebook):
     try:
         for cell in json.loads(notebook.read_text("utf-8"))["cells"]:
             tags, source = cell["metadata"].get("tags", []), "".join(cell["source"])
-            if "run_settings(" in source and cell["cell_type"] == "code" and None in sources:
+            if cell["cell_type"] != "code" or "injected-parameters" in tags:  # of papermill
+                continue
+            if "run_settings(" in source and sources.count(None) == 1:
                 return sources
-            if cell["cell_type"] == "code" and "injected-parameters" not in tags:  # by papermill
-                sources.append(None if "parameters" in tags else source)
-        raise ValueError("no cell that calls run_settings after one that is tagged parameters")
+            sources.append(None if "parameters" in tags else source)
+        raise ValueError("no cell that calls run_settings after just one tagged parameters")
     except (OSError, ValueError, KeyError) as error:
         message = f"{notebook}: no notebook to compare; say which with `notebook` ({error})"
         raise ValueError(message) from error
 
 
-def _run_missing(runs, task, data, folder, scheduler):
+def _run_missing(runs, task, data, folder, scheduler, raise_if_interrupted):
     """Run changes and settings, by the folders for the runs, on Dask workers; keep what is done."""
     import dask
     from dask.system import CPU_COUNT
@@ -789,7 +791,6 @@ def _run_missing(runs, task, data, folder, scheduler):
     np.savez_compressed(copy := io.BytesIO(), **{**data._asdict(), **images})
     folder.mkdir(parents=True, exist_ok=True)
     with (
-        ending_early("What is done is kept; run this cell again to go on.") as raise_if_interrupted,
         tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch,
         quiet_start(),  # of workers, as they are interrupted or end
         dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 GB"}),

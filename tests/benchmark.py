@@ -8,7 +8,7 @@ torch and jax are installed.
 """
 
 import contextlib
-import importlib
+import functools
 import importlib.util
 import io
 import math
@@ -95,19 +95,15 @@ def jax_epoch(parameters):
     steps = len(images) // names.batch_size
     decay = keras.optimizers.schedules.CosineDecay(names.learning_rate, names.epochs * steps)
     optimizer = keras.optimizers.SGD(decay, names.momentum, nesterov=True)
-    optimizer.build([w for network in names.networks for w in network.trainable_variables])
+    variables = [w for network in names.networks for w in network.trainable_variables]
+    optimizer.build(variables)
 
     def total_loss(weights, x, y, noise):
-        def call(number, *inputs):
-            begin = sum(sizes[:number])
-            own_weights = weights[begin : begin + sizes[number]]
-            return names.networks[number].stateless_call(own_weights, [], inputs)[0]
-
-        sizes = [len(network.trainable_variables) for network in names.networks]
-        digit_logits = call(1, x)
-        digit_probs = jax.lax.stop_gradient(jax.nn.softmax(digit_logits))
-        z_mean, z_log_var = call(0, x, digit_probs)
-        image = call(2, z_mean + jnp.exp(z_log_var / 2) * noise, digit_probs)
+        with keras.StatelessScope(list(zip(variables, weights, strict=True))):
+            digit_logits = names.digit_classifier(x)
+            digit_probs = jax.lax.stop_gradient(jax.nn.softmax(digit_logits))
+            z_mean, z_log_var = names.encoder([x, digit_probs])
+            image = names.decoder([z_mean + jnp.exp(z_log_var / 2) * noise, digit_probs])
         reconstruction = jnp.sum(jnp.square((x - image) / names.decoder_std), axis=1) / 2
         kl = jnp.sum(jnp.square(z_mean) + jnp.exp(z_log_var) - z_log_var - 1, axis=1) / 2
         vae_loss = jnp.mean(reconstruction + kl)
@@ -119,7 +115,7 @@ def jax_epoch(parameters):
         norm = jnp.linalg.norm(gradient, axis=0)
         return gradient * names.clip_norm / jnp.maximum(norm, names.clip_norm)
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def train_epoch(weights, state, images, digits, order, noise):
         def step(i, carry):
             weights, state, total = carry
@@ -131,8 +127,8 @@ def jax_epoch(parameters):
 
         return jax.lax.fori_loop(0, steps, step, (weights, state, jnp.zeros(2)))
 
-    weights = [w.value for network in names.networks for w in network.trainable_variables]
-    state, random = [variable.value for variable in optimizer.variables], np.random.default_rng(0)
+    weights, state = ([v.value for v in group] for group in (variables, optimizer.variables))
+    random = np.random.default_rng(0)
 
     def run():
         nonlocal weights, state

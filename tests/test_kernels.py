@@ -160,16 +160,16 @@ def train_steps(*arguments):
 """
 
 
-def processor_seconds(kernel):
-    """Return how long processors have worked for the kernel: other work beside does not count."""
-    return sum(psutil.Process(kernel.client.km.provisioner.pid).cpu_times()[:2])
+def clocks(kernel):
+    """Return the time and how long processors have worked for the kernel, in seconds."""
+    worked = sum(psutil.Process(kernel.client.km.provisioner.pid).cpu_times()[:2])
+    return np.array([time.monotonic(), worked])
 
 
 def interrupt_after(kernel, said, times=1):
     """Send the kernel a real interrupt request as soon as the training cell has said this.
 
-    Returns the thread that waits for it, and a list that will hold the kernel's processor seconds
-    when the request was sent.
+    Returns the thread that waits for it, and a list that will hold the clocks at the request.
     """
     kernel.cell("train").outputs = []
     asked = []
@@ -177,7 +177,7 @@ def interrupt_after(kernel, said, times=1):
     def wait_and_interrupt():
         while printed(kernel.cell("train")).count(said) < times:
             time.sleep(0.05)
-        asked.append(processor_seconds(kernel))
+        asked.append(clocks(kernel))
         asyncio.run(kernel.client.km.interrupt_kernel())
 
     thread = threading.Thread(target=wait_and_interrupt, daemon=True)
@@ -210,9 +210,13 @@ def test_interrupt_ends_a_long_epoch_within_three_seconds(kernel, small_arrays, 
     weights = "hash(tuple(w.tobytes() for network in networks for w in network.get_weights()))"
     untrained = kernel.fetch(weights)
     kernel.execute(STEPS_COUNTED)
+    began = clocks(kernel)
     _, asked = interrupt_after(kernel, "third part")  # of an epoch that takes minutes
     kernel.run("train", "train")
-    assert processor_seconds(kernel) - asked[0] < 3
+    ended = clocks(kernel)
+    seconds, worked = ended - began
+    busy = max(1, seconds / worked)  # beside other work, the kernel gets less than a processor
+    assert (ended - asked[0])[0] < 3 * busy
     said = printed(kernel.cell("train"))
     assert "Interrupted. Back to the last finished epoch" in said
     assert "epoch  1/" not in said
