@@ -215,7 +215,8 @@ def test_a_killed_driver_goes_on_from_what_it_had(here, names, monkeypatch):
     with driver(names, compare) as process:
         wait_for(lambda: list(Path("kept").glob("[!.]*/run.zip")) and len(marks()) > 1)
         process.kill()
-        wait_for(lambda: all(is_over(pid) for _, *pids in marks() for pid in pids), 10)
+        # A kernel that marks itself after its worker's death has process 1 for a parent.
+        wait_for(lambda: all(is_over(pid) for _, *pids in marks() for pid in {*pids} - {1}), 10)
     kept = {path: path.stat().st_mtime_ns for path in Path("kept").glob("[!.]*")}
     assert len(kept) < 3
     assert run(compare, names) == [0, 1, 2]
