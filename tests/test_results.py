@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import resource
 
 import keras
 import matplotlib.image
@@ -12,6 +13,9 @@ import pytest
 from conftest import NOTEBOOK, ROOT, SMALL, Notebook, pictures, printed
 
 import vae_helpers
+
+CODE = {cell.id: cell for cell in NOTEBOOK.cells if cell.cell_type == "code"}
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def test_run_all_leaves_what_other_programs_rely_on(notebook, small_arrays):
@@ -23,15 +27,12 @@ def test_run_all_leaves_what_other_programs_rely_on(notebook, small_arrays):
     generated = notebook.fetch("generate(z, digit_probs)", z=z_mean, digit_probs=digit_probs)
     assert generated.shape == (7, 784)
     assert generated.dtype == z_mean.dtype == z_log_var.dtype == digit_probs.dtype == np.float32
-    assert generated.min() >= 0
-    assert generated.max() <= 1
-    assert notebook.fetch(
-        "all(isinstance(n, keras.Model) for n in (encoder, decoder, digit_classifier))"
-    )
+    assert 0 <= generated.min() <= generated.max() <= 1
+    for network in notebook.fetch("encoder, decoder, digit_classifier"):
+        assert isinstance(network, keras.Model)
     samples = np.asarray(notebook.fetch("samples"))
     assert samples.shape == (SMALL["epochs"], 10, 784)
-    assert samples.min() >= 0
-    assert samples.max() <= 1
+    assert 0 <= samples.min() <= samples.max() <= 1
     assert len(np.unique(samples.reshape(-1, 784), axis=0)) == SMALL["epochs"] * 10
 
 
@@ -46,18 +47,15 @@ def test_losses_decrease(notebook):
 
 
 def test_one_figure_and_a_line_for_each_epoch(notebook):
-    assert len(pictures(notebook.cell("train"))) == 1
-    kinds = {output.output_type for output in notebook.cell("train").outputs}
+    cell = notebook.cell("train")
+    assert len(pictures(cell)) == 1
+    kinds = {output.output_type for output in cell.outputs}
     assert kinds == {"stream", "display_data"}  # and no value of the last line
-    lines = printed(notebook.cell("train")).splitlines()
-    progress = [line for line in lines if line.startswith("epoch")]
+    progress = [line for line in printed(cell).splitlines() if line.startswith("epoch")]
     assert len(progress) == SMALL["epochs"]
-    assert all(
-        re.search(
-            r"VAE loss \d+\.\d .*classification loss \d.* accuracy \d+\.\d+%  \d+\.\d s", line
-        )
-        for line in progress
-    )
+    for line in progress:
+        measures = r"VAE loss \d+\.\d .*classification loss \d.* accuracy \d+\.\d+%  \d+\.\d s"
+        assert re.search(measures, line)
 
 
 def test_one_hand_writes_all_digits_in_its_style(notebook):
@@ -101,20 +99,20 @@ def test_two_dimensions_of_z_are_shown_as_their_plane(tiny):
     assert picture
 
 
-def test_the_probe_finds_what_there_is_to_find(notebook):
+def test_the_probe_finds_what_there_is_to_find(notebook, monkeypatch):
     # The same probe on a z that is the digit itself, and on one that knows nothing of it.
     assert 0 < notebook.fetch("probe_accuracy") < 1
-    digits, kept = notebook.fetch("test_digits"), notebook.fetch("(infer, test_z_mean)")
+    digits, probe_digits = notebook.fetch("test_digits, probe_digits")
     assert notebook.fetch("blind_accuracy") == np.bincount(digits).max() / 300
-    random = np.random.default_rng(0)
-    knowing = {"infer": lambda _: [np.eye(10)[notebook.fetch("probe_digits")]]}
-    notebook.fetch("0", **knowing, test_z_mean=np.eye(10)[digits])
+    random, names = np.random.default_rng(0), vars(notebook.module)
     accuracies = "(probe_accuracy, trees_accuracy)"
+    monkeypatch.setitem(names, "infer", lambda _: [np.eye(10)[probe_digits]])
+    monkeypatch.setitem(names, "test_z_mean", np.eye(10)[digits])
     assert notebook.run("styles", "styles").fetch(accuracies) == (1, 1)
-    blind = {"infer": lambda images: [random.normal(size=[len(images), 4])]}
-    notebook.fetch("0", **blind, test_z_mean=random.normal(size=[300, 4]))
+    monkeypatch.setitem(names, "infer", lambda images: [random.normal(size=[len(images), 4])])
+    monkeypatch.setitem(names, "test_z_mean", random.normal(size=[300, 4]))
     assert max(notebook.run("styles", "styles").fetch(accuracies)) < 0.25
-    notebook.fetch("0", infer=kept[0], test_z_mean=kept[1])
+    monkeypatch.undo()
     notebook.run("styles", "styles")
 
 
@@ -168,24 +166,22 @@ COMPARED = [
 
 
 @pytest.mark.parametrize(("changed", "compared"), COMPARED)
-def test_published_figures_stand_beside_those_of_the_same_kind_alone(changed, compared, notebook):
-    kept = {name: notebook.fetch(name) for name in ("data", *changed)}
-    try:
-        # As if the small images were MNIST's.
-        notebook.fetch("0", **changed, data=kept["data"]._replace(name="MNIST"))
-        notebook.run("published", "published")
-        *_, output = notebook.cell("published").outputs
-        assert "<table" in output.data["text/html"]
-        rows = notebook.fetch("table.values.tolist()")
-        assert [row[0] for row in rows] == compared
-        sources = notebook.cell("results-text").source
-        for _, ours, published, source, ahead in rows:
-            assert ahead == ("yes" if ours < published else "NO")
-            assert str(source).removeprefix("the article's") != source or f"[{source}" in sources
-    finally:
-        notebook.fetch("0", **kept)
-    # Other data stand beside none.
-    notebook.run("published", "published")
+def test_published_figures_stand_beside_those_of_the_same_kind_alone(
+    changed, compared, notebook, monkeypatch
+):
+    data = notebook.fetch("data")._replace(name="MNIST")  # as if the small images were MNIST's
+    for name, value in {**changed, "data": data}.items():
+        monkeypatch.setitem(vars(notebook.module), name, value)
+    *_, output = notebook.run("published", "published").cell("published").outputs
+    assert "<table" in output.data["text/html"]
+    rows = notebook.fetch("table.values.tolist()")
+    assert [row[0] for row in rows] == compared
+    sources = notebook.cell("results-text").source
+    for _, ours, published, source, ahead in rows:
+        assert ahead == ("yes" if ours < published else "NO")
+        assert str(source).removeprefix("the article's") != source or f"[{source}" in sources
+    monkeypatch.undo()
+    notebook.run("published", "published")  # other data stand beside none
     assert "not for small.npz (not MNIST)" in printed(notebook.cell("published"))
 
 
@@ -199,9 +195,8 @@ def test_widgets_redraw_the_digits(notebook):
         z[0, used] = values
         return 1 - notebook.fetch("generate_all_digits(z)", z=z)[0].reshape(10, 28, 28)
 
-    assert notebook.fetch("used") == [
-        j for j in notebook.fetch("dimensions") if notebook.fetch("dimension_kl")[j] > 0.1
-    ]
+    used, dimensions, dimension_kl = notebook.fetch("used, dimensions, dimension_kl")
+    assert used == [j for j in dimensions if dimension_kl[j] > 0.1]
     before = shown("all_digits")
     assert before.shape == (28, 280)
     np.testing.assert_allclose(before[:, :28], expected()[0], atol=0.01)
@@ -216,7 +211,7 @@ def test_widgets_redraw_the_digits(notebook):
     np.testing.assert_allclose(shown("one_digit"), expected()[8], atol=0.01)
     figure, widget = notebook.cell("play").outputs
     assert figure.data["image/png"]
-    assert "application/vnd.jupyter.widget-view+json" in widget.data
+    assert WIDGET in widget.data
 
 
 def keep(notebook, folder):
@@ -248,11 +243,13 @@ def test_a_full_disk_is_named_and_harms_no_earlier_run(notebook, tmp_path):
     keep(notebook, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     # No file may grow beyond 10,000 bytes: as on a full disk, writing fails in the middle.
-    notebook.execute("import resource\nlimits = resource.getrlimit(resource.RLIMIT_FSIZE)")
-    notebook.execute("resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))")
-    with pytest.raises(OSError, match="output_dir = .* cannot be written"):
-        keep(notebook, tmp_path)
-    notebook.execute("resource.setrlimit(resource.RLIMIT_FSIZE, limits)")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="output_dir = .* cannot be written"):
+            keep(notebook, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert len(notebook.fetch("samples")) == SMALL["epochs"]
     keep(notebook, tmp_path)  # what was trained is still in memory
@@ -281,52 +278,44 @@ def test_nothing_is_kept_by_default(notebook, small_npz):
 
 
 def test_committed_outputs_are_of_one_clean_run_on_mnist():
-    code = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    counts = [cell.execution_count for cell in CODE.values()]
+    assert counts == list(range(1, len(CODE) + 1))
     assert NOTEBOOK.metadata.kernelspec.name == "python3"
-    outputs = [output for cell in code for output in cell.outputs]
+    outputs = [output for cell in CODE.values() for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     assert not re.search(r"(?<![\w.:])/(home|root|tmp|usr|work|Users)/", nbformat.writes(NOTEBOOK))
     assert "widgets" not in NOTEBOOK.metadata
-    assert not [
-        o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})
-    ]
-    for cell in code:  # figures are shown at half of their pixels, crisp on any screen
+    assert not [output for output in outputs if WIDGET in output.get("data", {})]
+    for cell in CODE.values():  # figures are shown at half of their pixels, crisp on any screen
         figures = [output for output in cell.outputs if "image/png" in output.get("data", {})]
         for output, picture in zip(figures, pictures(cell), strict=True):
             width = matplotlib.image.imread(io.BytesIO(picture)).shape[1]
             assert output.metadata["image/png"]["width"] == width // 2
-    by_id = {cell.id: cell for cell in code}
-    assert len(pictures(by_id["play"])) == 1
-    assert printed(by_id["data"]).startswith("MNIST: 60,000 training and 10,000 test images")
-    progress = re.findall(r"^epoch", printed(by_id["train"]), re.MULTILINE)
-    assert len(progress) == 20
-    assert by_id["published"].outputs[0].data["text/html"].count("<tr>") == 5
+    assert len(pictures(CODE["play"])) == 1
+    assert printed(CODE["data"]).startswith("MNIST: 60,000 training and 10,000 test images")
+    assert len(re.findall(r"^epoch", printed(CODE["train"]), re.MULTILINE)) == 20
+    assert CODE["published"].outputs[0].data["text/html"].count("<tr>") == 5
 
 
 def test_the_notebook_is_small_enough_to_read():
-    code = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
-    assert max(len(cell.source.splitlines()) for cell in code) <= 30
+    sources = {name: cell.source.splitlines() for name, cell in CODE.items()}
+    assert max(map(len, sources.values())) <= 30
     assert (ROOT / "vae2.ipynb").stat().st_size <= 1.4e6
-    for cell in code:
+    for name, cell in CODE.items():
         for picture in pictures(cell):
-            assert len(picture) <= (220e3 if cell.id == "train" else 150e3), cell.id
-
-    def lines(cells):
-        return sum(bool(line.strip()) for cell in cells for line in cell.source.splitlines())
-
-    core = code[: [cell.id for cell in code].index("train") + 1]
+            assert len(picture) <= (220e3 if name == "train" else 150e3), name
+    lines = {name: [line for line in source if line.strip()] for name, source in sources.items()}
+    core = list(CODE)[: list(CODE).index("train") + 1]
     assert len(core) <= 12
-    assert lines(core) <= 180
-    assert sum(f"\n{cell.source}".count("\ndef ") for cell in core) <= 10
+    core_lines = [line for name in core for line in lines[name]]
+    assert len(core_lines) <= 180
+    assert sum(line.startswith("def ") for line in core_lines) <= 10
     assert len(NOTEBOOK.cells) <= 60
-    assert lines(code) <= 350
+    assert sum(map(len, lines.values())) <= 350
 
 
 def test_readme_shows_the_committed_digit_grid():
-    (cell,) = [cell for cell in NOTEBOOK.cells if cell.id == "train"]
-    (picture,) = pictures(cell)
-    assert picture == (ROOT / ".github" / "digit-grid.png").read_bytes()
+    assert pictures(CODE["train"]) == [(ROOT / ".github" / "digit-grid.png").read_bytes()]
     assert ".github/digit-grid.png" in (ROOT / "README.md").read_text()
 
 
