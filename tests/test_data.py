@@ -383,12 +383,12 @@ USUAL = vae_helpers.PATIENCE
     [
         ("not found", USUAL, "404"),
         ("cut off", USUAL, "IncompleteRead"),
-        ("stalled", 2, "timed out"),
+        ("stalled", 2, "TimeoutError"),
         ("silent", USUAL, "TimeoutError"),
         ("black hole", 2, "TimeoutError"),
-        ("refused", 2, "Connection refused"),
+        ("refused", 2, "Error"),
         ("slow name", 2, "TimeoutError"),
-        ("no name", 2, "Error"),
+        ("no name", 2, "Error"),  # another one where no name server can be asked
         ("no room", USUAL, "File too large"),
     ],
 )

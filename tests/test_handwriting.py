@@ -142,7 +142,9 @@ NO_SINGLE_DIGIT = {
     "in a printed box": lambda image: np.where(BOX, 0.16, page(image)),
     "on a ruled line": lambda image: np.where(abs(ROWS - 190) <= 1, 0.16, page(image)),
     "on a dark table, a little askew": lambda image: ImageOps.expand(
-        Image.fromarray(np.uint8(240 * page(image))).rotate(7, expand=True, fillcolor=50), 60, 50
+        Image.fromarray(np.uint8(240 * page(image))).rotate(7, expand=True, fillcolor=50),
+        border=(60, 60, 66, 78),
+        fill=50,
     ),
     "beside another": lambda image: np.hstack([page(image)[:, :255], page(image)[:, 80:]]),
     "a blot": lambda _: 1.0 * (np.hypot(*(np.indices([300, 300]) - 150)) >= 60),
