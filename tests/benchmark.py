@@ -7,8 +7,6 @@ peak memory is its own too, and they take turns, one epoch each. PyTorch and JAX
 torch and jax are installed.
 """
 
-import contextlib
-import functools
 import importlib.util
 import io
 import math
@@ -18,48 +16,56 @@ import resource
 import sys
 import tempfile
 import time
+import timeit
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 from conftest import Kernel, Notebook, vae_helpers
 
 ROUNDS = 5
+COUNTS = (15_000, 30_000, 60_000, 120_000)  # of training images
 ARTICLE_VAE_LOSS = 224.2  # of the test set, after the 20 epochs of the article's own code
 # Settings for a short run: all that pays off later only is left out.
 SHORT = {"epochs": 2, "distortion": 0.0, "learning_rate": 0.04}
+CORE = {"asked_digit_weight": 0.0, "distortion": 0.0}  # what is left out beside JAX
 
 
-def run_notebook(last, parameters, backend="tensorflow"):
-    """Run the notebook's cells up to `last` with these parameters; return the module they fill."""
-    os.environ["KERAS_BACKEND"] = backend
-    importlib.import_module("keras")  # now: the notebook itself asks for TensorFlow
-    return Notebook().run(last=last, **parameters).module
+def shuffled(random, data, batch_size):
+    """Return the numbers of all training images in random minibatches: [steps, batch_size]."""
+    steps = len(data.x_train) // batch_size
+    return random.permutation(len(data.x_train))[: steps * batch_size].reshape(steps, batch_size)
+
+
+def epoch_in_python(step, data, batch_size, to_array=np.asarray):
+    """Return an epoch that gives `step` one minibatch at a time and returns the sum of losses."""
+    images, digits = to_array(data.x_train.astype(np.float32) / 255), to_array(data.y_train)
+    random = np.random.default_rng(0)
+    return lambda: sum(
+        step(images[batch], digits[batch]) for batch in shuffled(random, data, batch_size)
+    )
 
 
 def notebook_epoch(parameters):
     """Return a function that trains an epoch as the notebook does."""
-    names = run_notebook("epoch", parameters)
+    names = Notebook().run(last="epoch", **parameters).module
     random = np.random.default_rng(0)
     return lambda: names.train_epoch(random, lambda: None)
 
 
 def keras_fit(parameters, whole_epochs=False):
     """Return an epoch of Keras' `fit`, as it comes or compiled with all steps in one execution."""
-    names = run_notebook("step", parameters)
+    names = Notebook().run(last="step", **parameters).module
 
     class Model(names.keras.Model):
         def train_step(self, data):
             shapes = [names.batch_size, 784], [names.batch_size]  # which `fit` leaves open
-            data = map(names.tf.ensure_shape, data, shapes)
-            vae_loss, classification_loss = names.tf.unstack(names.train_step(*data))
-            return {"vae_loss": vae_loss, "classification_loss": classification_loss}
+            losses = names.train_step(*map(names.tf.ensure_shape, data, shapes))
+            return {"vae_loss": losses[0], "classification_loss": losses[1]}
 
     model = Model()
-    if whole_epochs:
-        model.compile(jit_compile=True, steps_per_execution=names.steps)
-    else:
-        model.compile()
+    whole = {"jit_compile": True, "steps_per_execution": names.steps}
+    model.compile(**whole if whole_epochs else {})
     count = names.steps * names.batch_size
     images = names.data.x_train[:count].astype(np.float32) / 255
     digits = names.data.y_train[:count]
@@ -68,20 +74,9 @@ def keras_fit(parameters, whole_epochs=False):
 
 def python_loop(parameters):
     """Return an epoch of a Python loop that calls the training step as a `tf.function`."""
-    names = run_notebook("step", parameters)
+    names = Notebook().run(last="step", **parameters).module
     step = names.tf.function(names.train_step)
-    images = names.data.x_train.astype(np.float32) / 255
-    random = np.random.default_rng(0)
-    count = names.steps * names.batch_size
-
-    def run():
-        total = np.zeros(2)
-        order = random.permutation(len(images))[:count]
-        for batch in order.reshape(-1, names.batch_size):
-            arrays = images[batch], names.data.y_train[batch]
-            total += step(*map(names.tf.constant, arrays)).numpy()
-
-    return run
+    return epoch_in_python(lambda *arrays: step(*arrays).numpy(), names.data, names.batch_size)
 
 
 def jax_epoch(parameters):
@@ -89,17 +84,14 @@ def jax_epoch(parameters):
     import jax
     from jax import numpy as jnp
 
-    names = run_notebook("networks", parameters, backend="jax")
-    keras = names.keras
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras  # now: the notebook itself asks for TensorFlow
+
+    names = Notebook().run(last="networks", **parameters).run("step", "step").module
     images, digits = jnp.asarray(names.data.x_train), jnp.asarray(names.data.y_train)
-    steps = len(images) // names.batch_size
-    decay = keras.optimizers.schedules.CosineDecay(names.learning_rate, names.epochs * steps)
-    optimizer = keras.optimizers.SGD(decay, names.momentum, nesterov=True)
-    variables = [w for network in names.networks for w in network.trainable_variables]
-    optimizer.build(variables)
 
     def total_loss(weights, x, y, noise):
-        with keras.StatelessScope(list(zip(variables, weights, strict=True))):
+        with keras.StatelessScope(list(zip(names.weights, weights, strict=True))):
             digit_logits = names.digit_classifier(x)
             digit_probs = jax.lax.stop_gradient(jax.nn.softmax(digit_logits))
             z_mean, z_log_var = names.encoder([x, digit_probs])
@@ -115,7 +107,7 @@ def jax_epoch(parameters):
         norm = jnp.linalg.norm(gradient, axis=0)
         return gradient * names.clip_norm / jnp.maximum(norm, names.clip_norm)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @partial(jax.jit, donate_argnums=(0, 1))
     def train_epoch(weights, state, images, digits, order, noise):
         def step(i, carry):
             weights, state, total = carry
@@ -123,17 +115,16 @@ def jax_epoch(parameters):
             gradient = jax.grad(total_loss, has_aux=True)
             gradients, losses = gradient(weights, x, digits[order[i]], noise[i])
             clipped = [clip(gradient) for gradient in gradients]
-            return *optimizer.stateless_apply(state, clipped, weights), total + losses
+            return *names.optimizer.stateless_apply(state, clipped, weights), total + losses
 
-        return jax.lax.fori_loop(0, steps, step, (weights, state, jnp.zeros(2)))
+        return jax.lax.fori_loop(0, names.steps, step, (weights, state, jnp.zeros(2)))
 
-    weights, state = ([v.value for v in group] for group in (variables, optimizer.variables))
+    weights, state = ([v.value for v in g] for g in (names.weights, names.optimizer.variables))
     random = np.random.default_rng(0)
 
     def run():
         nonlocal weights, state
-        order = random.permutation(len(images))[: steps * names.batch_size]
-        order = jnp.asarray(order.reshape(steps, -1), jnp.int32)
+        order = jnp.asarray(shuffled(random, names.data, names.batch_size), jnp.int32)
         noise = random.standard_normal([*order.shape, names.z_dim], np.float32)
         weights, state, total = train_epoch(weights, state, images, digits, order, noise)
         return np.asarray(total).tolist()
@@ -146,23 +137,21 @@ def pytorch(parameters):
     import torch
     from torch.nn import functional
 
-    names = run_notebook("data", parameters)  # for hyperparameters and data
+    names = Notebook().run(last="data", **parameters).module  # for hyperparameters and data
     activation = getattr(functional, names.activation)
 
-    class HiddenPart(torch.nn.Module):
+    class Network(torch.nn.ModuleList):
         def __init__(self, inputs, widths, outputs, skips=False):
-            super().__init__()
-            self.inputs, self.skips = inputs, skips
             sizes = [inputs, *(width + skips * inputs for width in widths)]
-            self.hidden = torch.nn.ModuleList(map(torch.nn.Linear, sizes, widths))
-            self.output = torch.nn.Linear(sizes[-1], outputs)
+            super().__init__(map(torch.nn.Linear, sizes, [*widths, outputs]))
+            self.skips = skips
 
         def forward(self, inputs):
-            x = inputs
-            for layer in self.hidden:
+            x, (*hidden, output) = inputs, self
+            for layer in hidden:
                 x = activation(layer(x))
                 x = torch.cat([x, inputs], dim=1) if self.skips else x
-            return self.output(x)
+            return output(x)
 
     def by_digit(of_each_digit, digit_probs):
         return torch.einsum("bdi,bd->bi", of_each_digit.unflatten(1, [10, -1]), digit_probs)
@@ -172,21 +161,18 @@ def pytorch(parameters):
         return torch.sigmoid(decoder(torch.cat(described, dim=1)))
 
     z_dim, widths = names.z_dim, names.hidden_layers
-    encoder, classifier = HiddenPart(784, widths, 20 * z_dim), HiddenPart(784, widths, 10)
+    encoder, classifier = Network(784, widths, 20 * z_dim), Network(784, widths, 10)
     own_style = torch.nn.Linear(z_dim, 10 * z_dim)
-    decoder = HiddenPart(2 * z_dim + 10, widths[::-1], 784, skips=True)
+    decoder = Network(2 * z_dim + 10, widths[::-1], 784, skips=True)
     weights = [w for net in (encoder, classifier, own_style, decoder) for w in net.parameters()]
     optimizer = torch.optim.SGD(weights, names.learning_rate, names.momentum, nesterov=True)
-    images = torch.tensor(names.data.x_train.astype(np.float32) / 255)
-    digits = torch.tensor(names.data.y_train.astype(np.int64))
     position, half_periods = torch.arange(28.0), torch.arange(4.0)
     waves = torch.cos(math.pi * half_periods[:, None] * (position + 0.5) / 28)
     amplitudes = names.distortion / (1 + torch.hypot(half_periods[:, None], half_periods))
     basis = torch.einsum("ij,iy,jx->ijyx", amplitudes, waves, waves)
 
     def distort(x):
-        warps = 2 * torch.rand([15, 2, 4, 4]) - 1
-        moves = torch.tensordot(warps, basis, dims=2)
+        moves = torch.tensordot(2 * torch.rand([15, 2, 4, 4]) - 1, basis, dims=2)
         source_x, source_y = moves[:, 0] + position, moves[:, 1] + position[:, None]
         row_weights = functional.relu(1 - abs(source_x[:, :, None] - position[:, None]))
         column_weights = functional.relu(1 - abs(source_y[:, None] - position[:, None, None]))
@@ -201,12 +187,12 @@ def pytorch(parameters):
         reconstructions = decode(z, digit_probs)
         reconstruction = ((x - reconstructions) / names.decoder_std).square().sum(dim=1).mean() / 2
         kl = (z_mean.square() + z_log_var.exp() - z_log_var - 1).sum(dim=1).mean() / 2
-        classification = functional.cross_entropy(logits, y)
         asked, style = torch.randint(10, [15]), torch.randn([15, z_dim])
         drawn = decode(style, functional.one_hot(asked, 10).float())
         frozen = {name: weight.detach() for name, weight in classifier.named_parameters()}
         read = torch.func.functional_call(classifier, frozen, drawn)
-        loss = reconstruction + kl + names.classification_weight * classification
+        loss = reconstruction + kl
+        loss = loss + names.classification_weight * functional.cross_entropy(logits, y.long())
         loss = loss + names.asked_digit_weight * functional.cross_entropy(read, asked)
         optimizer.zero_grad()
         loss.backward()
@@ -216,22 +202,18 @@ def pytorch(parameters):
         optimizer.step()
         return loss.item()
 
-    def run():
-        for batch in torch.randperm(len(images)).split(names.batch_size):
-            step(images[batch], digits[batch])
-
-    return run
+    return epoch_in_python(step, names.data, names.batch_size, torch.tensor)
 
 
 def article_loop(parameters):
     """Return an epoch as the article's code runs it: a graph, fed one minibatch at a time."""
-    names = run_notebook("data", parameters)
+    names = Notebook().run(last="loss", **parameters).module  # whose losses are the article's, too
     tf = names.tf.compat.v1
     tf.disable_eager_execution()
     x, y = tf.placeholder(tf.float32, [None, 784]), tf.placeholder(tf.int32, [None])
 
     def network(inputs, outputs):
-        for size, activation in ((128, tf.sigmoid), (outputs, lambda x: x)):
+        for size, activation in ((128, tf.sigmoid), (outputs, tf.identity)):
             kernel = tf.Variable(tf.random.truncated_normal([inputs.shape[1], size], stddev=0.05))
             inputs = activation(inputs @ kernel + tf.Variable(tf.zeros([size])))
         return inputs
@@ -240,72 +222,52 @@ def article_loop(parameters):
     z = z_mean + tf.exp(z_log_var / 2) * tf.random.normal(tf.shape(z_mean))
     logits = network(x, 10)
     image = tf.sigmoid(network(tf.concat([z, tf.nn.softmax(logits)], axis=1), 784))
-    reconstruction = tf.reduce_sum(tf.square((x - image) / 0.5) / 2, axis=1)
-    kl = tf.reduce_sum(tf.square(z_mean) + tf.exp(z_log_var) - z_log_var - 1, axis=1) / 2
-    cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=logits)
-    loss = tf.reduce_mean(reconstruction + kl + 10 * cross_entropy)
+    vae_loss = names.gaussian_loss(x, image) + names.kl_loss(z_mean, z_log_var)
+    loss = tf.reduce_mean(vae_loss + 10 * names.classification_loss(y, logits))
     train = tf.train.AdamOptimizer(0.001).minimize(loss)
     session = tf.Session()
     session.run(tf.global_variables_initializer())
-    random = np.random.default_rng(0)
-    images = names.data.x_train.astype(np.float32) / 255
 
-    def run():
-        for batch in random.permutation(len(images)).reshape(-1, 100):
-            feed = {x: images[batch], y: names.data.y_train[batch]}
-            session.run([train, loss], feed)
+    def step(images, digits):
+        return session.run([train, loss], {x: images, y: digits})[1]
 
-    return run
+    return epoch_in_python(step, names.data, batch_size=100)
+
+
+def floor(parameters):
+    """Return a function that says how long an epoch's matrix products take at the best rate."""
+    names = Notebook().run(last="step", **parameters).module
+    tf, size = names.tf, names.batch_size
+    step = tf.function(names.train_step)
+    graph = step.get_concrete_function(tf.zeros([size, 784]), tf.zeros([size], tf.int32)).graph
+    products = [operation for operation in graph.get_operations() if operation.type == "MatMul"]
+    multiplications = 2 * 28 * 784 * size * bool(names.distortion)  # which is no `MatMul`
+    for product in products:
+        shared_axis = 0 if product.get_attr("transpose_a") else 1
+        multiplications += product.inputs[0].shape[shared_axis] * math.prod(
+            product.outputs[0].shape
+        )
+    matrix = tf.random.normal([2048, 2048])
+    share = names.steps * multiplications / 2048**3  # of the work of its product with itself
+    return lambda: share * min(timeit.repeat(lambda: (matrix @ matrix).numpy(), number=1))
 
 
 CONTENDERS = {
-    "this notebook": (notebook_epoch, {}),
-    "Keras fit, as it comes": (keras_fit, {}),
-    "Keras fit, jit_compile, an epoch per execution": (keras_fit, {"whole_epochs": True}),
-    "tf.function step in a Python loop": (python_loop, {}),
-    "PyTorch, eager": (pytorch, {}),
-    "the article's loop on the article's network": (article_loop, {}),
+    "this notebook": notebook_epoch,
+    "Keras fit, as it comes": keras_fit,
+    "Keras fit, jit_compile, an epoch per execution": partial(keras_fit, whole_epochs=True),
+    "tf.function step in a Python loop": python_loop,
+    "PyTorch, eager": pytorch,
+    "the article's loop on the article's network": article_loop,
+    "the matrix products alone, at the best rate": floor,
 }
-CORE = {"asked_digit_weight": 0.0, "distortion": 0.0}  # beside the same in JAX
 
 
-def matmul_rate(size=2048):
-    """Return this machine's best floating-point operations a second, in products of matrices."""
-    import tensorflow as tf
-
-    a = b = tf.random.normal([size, size])
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ b).numpy()
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
-
-
-def matmul_work(parameters):
-    """Return the floating-point operations of the matrix products in an epoch of the notebook."""
-    names = run_notebook("networks", parameters)
-
-    def products(network):
-        return [math.prod(w.shape) for w in network.trainable_variables if len(w.shape) == 2]
-
-    encoder, classifier, decoder = map(
-        products, (names.encoder, names.digit_classifier, names.decoder)
-    )
-    # Forward, weight gradient and, but where the input is data, input gradient.
-    per_image = 3 * sum(encoder + classifier + decoder) - encoder[0] - classifier[0]
-    per_image += 2 * 28 * 784 * bool(names.distortion)
-    asked = 3 * sum(decoder) - decoder[0] + 2 * sum(classifier)
-    per_step = names.batch_size * per_image
-    per_step += 15 * asked * bool(names.asked_digit_weight)
-    return 2 * per_step * (len(names.data.x_train) // names.batch_size)
-
-
-def prepare(build, options, parameters):
+def prepare(build, parameters):
     """Build a contender in a process of its own, and run the first epoch, which compiles."""
     global run_epoch
     sys.stdout = io.StringIO()  # the tables alone are shown
-    run_epoch = build(parameters, **options)
+    run_epoch = build(parameters)
     run_epoch()
 
 
@@ -317,121 +279,74 @@ def timed_epoch():
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, result
 
 
-def in_turns(builds):
-    """Run epochs of contenders in turns; return the results of all rounds by name.
+def compare(title, contenders):
+    """Run epochs of contenders in turns and print a table; return their median seconds by name.
 
-    Takes a dict of the three arguments of `prepare`.
+    Takes a dict of the two arguments of `prepare`. Ratios are to the first contender's epoch of
+    the same round.
     """
-    measured = {name: [] for name in builds}
-    with contextlib.ExitStack() as stack:
-        spawn, pools = multiprocessing.get_context("spawn"), {}
-        for name, build in builds.items():
-            pools[name] = stack.enter_context(ProcessPoolExecutor(1, spawn, prepare, build))
-        for _ in range(ROUNDS):
-            for name, pool in pools.items():
-                measured[name].append(pool.submit(timed_epoch).result())
-    return measured
+    spawn = multiprocessing.get_context("spawn")
+    pools = [ProcessPoolExecutor(1, spawn, prepare, c) for c in contenders.values()]
+    rounds = [[pool.submit(timed_epoch).result() for pool in pools] for _ in range(ROUNDS)]
+    for pool in pools:
+        pool.shutdown()
+    print(f"\n| {title} | seconds an epoch | ratio to the first | peak memory, GiB | µs an image |")
+    print("|---|---|---|---|---|")
+    medians = {}
+    for index, (name, (build, parameters)) in enumerate(contenders.items()):
+        seconds, peaks, results = zip(*(measured[index] for measured in rounds), strict=True)
+        seconds = [min(results)] * ROUNDS if build is floor else seconds
+        ratios = np.divide(seconds, [measured[0][0] for measured in rounds])
+        medians[name] = np.median(seconds)
+        count = len(np.load(parameters["data_path"])["y_train"])
+        print(
+            f"| {name} | {medians[name]:.2f} | {np.median(ratios):.2f} ({min(ratios):.2f} to "
+            f"{max(ratios):.2f}) | {np.median(peaks):.2f} | {medians[name] / count * 1e6:.1f} |"
+        )
+    return medians
 
 
-def compare(parameters):
-    """Print the table of contenders and the floor; return the seconds of each contender."""
-    builds = {
-        name: (*build, parameters)
-        for name, build in CONTENDERS.items()
-        if name != "PyTorch, eager" or importlib.util.find_spec("torch")
-    }
-    measured = in_turns({**builds, "floor": (floor_epoch, {}, parameters)})
-    floor = min(seconds for *_, seconds in measured.pop("floor"))
-    medians = {
-        name: np.median([m[:2] for m in rounds], axis=0) for name, rounds in measured.items()
-    }
-    ours = medians["this notebook"][0]
-    print("\n| | seconds an epoch | ratio to ours | peak memory, GiB |\n|---|---|---|---|")
-    for name, (seconds, peak) in medians.items():
-        print(f"| {name} | {seconds:.2f} | {seconds / ours:.2f} | {peak:.2f} |")
-    print(f"| the matrix products alone, at the best rate | {floor:.2f} | {floor / ours:.2f} | |")
-    return {name: seconds for name, (seconds, _) in medians.items()}
-
-
-def compare_with_jax(parameters):
-    """Print how long an epoch of the core model takes here and in JAX, where it is installed."""
-    if not importlib.util.find_spec("jax"):
-        return
-    parameters = {**parameters, **CORE}
-    builds = {"here": (notebook_epoch, {}, parameters), "JAX": (jax_epoch, {}, parameters)}
-    here, jax = ([seconds for seconds, *_ in rounds] for rounds in in_turns(builds).values())
-    ratios = np.divide(jax, here)
-    print(
-        f"\nWith {', '.join(f'`{k} = {v}`' for k, v in CORE.items())}, an epoch takes "
-        f"{np.median(here):.2f} s here and {np.median(jax):.2f} s in JAX, whose time is "
-        f"{np.median(ratios):.2f} of ours ({min(ratios):.2f} to {max(ratios):.2f})."
-    )
-
-
-def floor_epoch(parameters):
-    """Return a function that says how long an epoch's matrix products take at the best rate."""
-    work = matmul_work(parameters)
-    return lambda: work / matmul_rate()
-
-
-def growth(parameters, images_path):
-    """Print how the cost of an epoch grows with the images, the width and the batch."""
-    counts = (15_000, 30_000, 60_000, 120_000)
-    groups = [
-        {f"{count:,} images": {"data_path": images_path(count)} for count in counts},
-        {f"layers {widths}": {"hidden_layers": widths} for widths in ([256, 128], [1024, 512])},
-        {f"batch of {size}": {"batch_size": size} for size in (75, 300, 600, 1000)},
-    ]
-    print("\n| | seconds an epoch | µs an image |\n|---|---|---|")
-    for group in groups:
-        builds = {name: (notebook_epoch, {}, {**parameters, **c}) for name, c in group.items()}
-        for name, rounds in in_turns(builds).items():
-            seconds = np.median([seconds for seconds, *_ in rounds])
-            count = int(name.split()[0].replace(",", "")) if "images" in name else 60_000
-            print(f"| {name} | {seconds:.2f} | {seconds / count * 1e6:.1f} |")
-
-
-def time_to_article_quality(path, article_seconds):
+def time_to_article_quality(parameters, article_seconds):
     """Print how soon the notebook's model is as good as the article's, on the real MNIST."""
     with Kernel() as kernel:
-        kernel.run(last="judge", data_path=str(path), **SHORT)
-        history = kernel.fetch("history")
-        right, asked = kernel.fetch("(judge_accuracy, asked_digit_accuracy)")
+        kernel.run(last="judge", **parameters, **SHORT)
+        history, right, asked = kernel.fetch("history, judge_accuracy, asked_digit_accuracy")
     seconds = sum(history["seconds"])
     print(
-        f"\nThe notebook with {', '.join(f'`{k} = {v}`' for k, v in SHORT.items())}: VAE loss "
-        f"{history['test_vae_loss'][-1]:.1f} on the test set (the article's code after 20 epochs: "
-        f"{ARTICLE_VAE_LOSS}), asked digit {asked:.1%} by the notebook's judge, which reads "
-        f"{right:.1%} of the test images right.\nTraining took {seconds:.1f} s; 20 epochs of the "
-        f"article's loop take {20 * article_seconds:.1f} s, {20 * article_seconds / seconds:.1f} "
-        "times as long."
+        f"\nThe notebook with {SHORT}: VAE loss {history['test_vae_loss'][-1]:.1f} on the test set "
+        f"(the article's code after 20 epochs: {ARTICLE_VAE_LOSS}), asked digit {asked:.1%} by the "
+        f"notebook's judge, which reads {right:.1%} of the test images right.\nTraining took "
+        f"{seconds:.1f} s; 20 epochs of the article's loop take {20 * article_seconds:.1f} s, "
+        f"{20 * article_seconds / seconds:.1f} times as long."
     )
 
 
 def main():
     """Run the whole benchmark and print its tables."""
     data = vae_helpers.load_mnist(os.environ.get("MNIST_PATH"))
+    print(f"{data.name}, {os.cpu_count()} cores, {ROUNDS} rounds")
     with tempfile.TemporaryDirectory() as folder:
-
-        def images_path(count):
-            path = Path(folder) / f"{count}.npz"
-            arrays = {
-                "x_train": np.resize(data.x_train, (count, 28, 28)),
-                "y_train": np.resize(data.y_train, count),
-                "x_test": data.x_test.reshape(-1, 28, 28),
-                "y_test": data.y_test,
-            }
-            np.savez(path, **arrays)
-            return str(path)
-
-        parameters = {"data_path": images_path(60_000)}
-        print(f"{data.name}, {os.cpu_count()} cores, {ROUNDS} rounds")
-        seconds = compare(parameters)
-        compare_with_jax(parameters)
+        sizes = {count: {"data_path": f"{folder}/{count}.npz"} for count in COUNTS}
+        arrays = {"x_test": data.x_test.reshape(-1, 28, 28), "y_test": data.y_test}
+        for count, size in sizes.items():
+            arrays["x_train"] = np.resize(data.x_train, [count, 28, 28])
+            arrays["y_train"] = np.resize(data.y_train, count)
+            np.savez(size["data_path"], **arrays)
+        usual = sizes[60_000]
+        has_torch, has_jax = map(importlib.util.find_spec, ("torch", "jax"))
+        contenders = [item for item in CONTENDERS.items() if has_torch or item[1] is not pytorch]
+        seconds = compare("contender", {name: (build, usual) for name, build in contenders})
+        if has_jax:
+            core = {**usual, **CORE}
+            compare(f"with {CORE}", {"here": (notebook_epoch, core), "JAX": (jax_epoch, core)})
         if data.name == "MNIST":
-            article_seconds = seconds["the article's loop on the article's network"]
-            time_to_article_quality(parameters["data_path"], article_seconds)
-        growth(parameters, images_path)
+            time_to_article_quality(usual, seconds["the article's loop on the article's network"])
+        for group in (
+            {f"{count:,} images": size for count, size in sizes.items()},
+            {f"layers {w}": {**usual, "hidden_layers": w} for w in ([256, 128], [1024, 512])},
+            {f"batch of {n}": {**usual, "batch_size": n} for n in (75, 300, 600, 1000)},
+        ):
+            compare("this notebook", {name: (notebook_epoch, p) for name, p in group.items()})
 
 
 if __name__ == "__main__":

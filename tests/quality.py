@@ -6,29 +6,19 @@ convolutional network that is trained here, on real images alone. Its last hidde
 how far generated and reconstructed images are, as a whole, from the test images.
 """
 
+import ast
 import os
+import re
 import sys
 
 import keras
 import numpy as np
 import scipy.linalg
-from conftest import Kernel, vae_helpers
+from conftest import ROOT, Kernel, vae_helpers
 
-ARTICLE = {
-    "batch_size": 100,
-    "classification_weight": 10.0,
-    "hidden_layers": [128],
-    "activation": "sigmoid",
-    "optimizer_name": "adam",
-    "learning_rate": 0.001,
-    "cosine_decay": False,
-    "clip_norm": None,
-    "encoder_sees_digit": False,
-    "decoder_skips": False,
-    "stop_gradient": False,
-    "asked_digit_weight": 0.0,
-    "distortion": 0.0,
-}
+# The last column of README's table of hyperparameters.
+README_ROWS = re.findall(r"^`(\w+)` \|.*\| `(.+)`$", (ROOT / "README.md").read_text(), re.M)
+ARTICLE = {name: ast.literal_eval(value) for name, value in README_ROWS}
 RUNS = {
     "this notebook": {},
     "this notebook, 10 epochs": {"epochs": 10},
@@ -37,19 +27,6 @@ RUNS = {
     "the article's settings, 1 epoch": {**ARTICLE, "epochs": 1},
 }
 SEEDS = (0, 1, 2, 3, 4)
-COLUMNS = {  # of the table, with the decimal places that are printed
-    "VAE loss": 1,
-    "accuracy, %": 2,
-    "asked digit, %": 2,
-    "distance, generated": 1,
-    "distance, reconstructed": 1,
-    "worst row of the grid, %": 0,
-    "rows with a digit read wrongly, %": 1,
-    "grey in a row's greyest digit": 3,
-    "training set: VAE loss": 1,
-    "weighted classification loss": 2,
-    "seconds an epoch": 1,
-}
 
 
 def train_judge(data, epochs=6):
@@ -58,22 +35,16 @@ def train_judge(data, epochs=6):
     It gives of images [N, 784], in [0, 255], its last hidden layer [N, 128] and logits [N, 10].
     """
     keras.utils.set_random_seed(1)
-    layers = keras.layers
-    judge = keras.Sequential(
-        [
-            keras.Input([784]),
-            layers.Rescaling(1 / 255),
-            layers.Reshape([28, 28, 1]),
-            layers.RandomTranslation(0.07, 0.07, fill_mode="constant"),
-        ]
-    )
-    for filters in (32, 64):
-        for strides in (1, 2):
-            judge.add(layers.Conv2D(filters, 3, strides, padding="same", activation="relu"))
-            judge.add(layers.BatchNormalization())
-    judge.add(layers.Flatten())
-    judge.add(layers.Dense(128, "relu"))
-    judge.add(layers.Dense(10))
+    layers = [
+        keras.layers.Rescaling(1 / 255),
+        keras.layers.Reshape([28, 28, 1]),
+        keras.layers.RandomTranslation(0.07, 0.07, fill_mode="constant"),
+    ]
+    for filters, strides in ((32, 1), (32, 2), (64, 1), (64, 2)):
+        layers.append(keras.layers.Conv2D(filters, 3, strides, "same", activation="relu"))
+        layers.append(keras.layers.BatchNormalization())
+    head = [keras.layers.Flatten(), keras.layers.Dense(128, "relu"), keras.layers.Dense(10)]
+    judge = keras.Sequential([keras.Input([784]), *layers, *head])
     steps = epochs * -(-len(data.x_train) // 128)
     judge.compile(
         keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.002, steps)),
@@ -102,38 +73,37 @@ def frechet_distance(features, others):
 
 
 def measure(judge, digits, test_features, parameters):
-    """Run the notebook in a kernel; return the columns of its row, as numbers.
+    """Run the notebook in a kernel; return its row, by column and decimal places to be printed.
 
     It is asked for `digits` [N], of the test images; `test_features` [N, 128] are the judge's.
     """
     with Kernel() as kernel:
         kernel.run(last="uses", **parameters)
-        history = kernel.fetch("history")
+        history, weight, samples = kernel.fetch("history, classification_weight, samples")
         training = kernel.fetch("evaluate(data.x_train / np.float32(255), data.y_train)")
-        weight = kernel.fetch("classification_weight")
         styles = "np.random.default_rng(1).standard_normal([10_000, z_dim])"
         images = kernel.fetch(f"generate({styles}, np.eye(10)[digits])", digits=digits)
         reconstructions = kernel.fetch("generate(*infer(test_images)[::2])")
-        rows = kernel.fetch("samples")
-        rows = np.concatenate([rows, kernel.fetch(f"generate_all_digits({styles}[:1000])")])
+        more_rows = kernel.fetch(f"generate_all_digits({styles}[:1000])")
 
+    rows = np.concatenate([samples, more_rows])
     features, read = look(judge, 255 * images)
     reconstructed_features, _ = look(judge, 255 * reconstructions)
     readable = look(judge, 255 * rows.reshape(-1, 784))[1].reshape(-1, 10) == np.arange(10)
     grey = np.sum(4 * rows * (1 - rows), axis=2) / np.sum(rows, axis=2)  # 0: all black and white
-    return (
-        history["test_vae_loss"][-1],
-        100 * history["test_accuracy"][-1],
-        100 * np.mean(read == digits),
-        frechet_distance(features, test_features),
-        frechet_distance(reconstructed_features, test_features),
-        10 * readable[: len(history["seconds"])].sum(axis=1).min(),
-        100 * np.mean(~readable.all(axis=1)),
-        np.mean(grey.max(axis=1)),
-        training["vae_loss"],
-        weight * training["classification_loss"],
-        np.median(history["seconds"]),
-    )
+    return {
+        ("VAE loss", 1): history["test_vae_loss"][-1],
+        ("accuracy, %", 2): 100 * history["test_accuracy"][-1],
+        ("asked digit, %", 2): 100 * np.mean(read == digits),
+        ("distance, generated", 1): frechet_distance(features, test_features),
+        ("distance, reconstructed", 1): frechet_distance(reconstructed_features, test_features),
+        ("worst row of the grid, %", 0): 10 * readable[: len(samples)].sum(axis=1).min(),
+        ("rows with a digit read wrongly, %", 1): 100 * np.mean(~readable.all(axis=1)),
+        ("grey in a row's greyest digit", 3): np.mean(grey.max(axis=1)),
+        ("training set: VAE loss", 1): training["vae_loss"],
+        ("weighted classification loss", 2): weight * training["classification_loss"],
+        ("seconds an epoch", 1): np.median(history["seconds"]),
+    }
 
 
 def main():
@@ -145,14 +115,15 @@ def main():
     floor = frechet_distance(look(judge, data.x_train[:10_000])[0], test_features)
     print(f"The judge reads {np.mean(read == data.y_test):.2%} of the test images right.")
     print(f"By its features, 10,000 training images are {floor:.1f} from the test images.\n")
-    print(f"| median of seeds {SEEDS} (range) | {' | '.join(COLUMNS)} |")
-    print("|---" * (1 + len(COLUMNS)) + "|")
     for name, parameters in RUNS.items():
         runs = [{**parameters, "data_path": path, "seed": seed} for seed in SEEDS]
         seeds = [measure(judge, data.y_test, test_features, run) for run in runs]
+        if parameters is RUNS["this notebook"]:  # the first row
+            print(f"| median of seeds {SEEDS} (range) | {' | '.join(c for c, _ in seeds[0])} |")
+            print("|---" * (1 + len(seeds[0])) + "|")
         cells = [
             f"{np.median(values):.{places}f} ({min(values):.{places}f} to {max(values):.{places}f})"
-            for values, places in zip(np.transpose(seeds), COLUMNS.values(), strict=True)
+            for (_, places), *values in zip(seeds[0], *(s.values() for s in seeds), strict=True)
         ]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 

@@ -14,9 +14,8 @@ import vae_helpers
 
 def test_kl_loss_is_that_of_a_monte_carlo_estimate(notebook):
     random = np.random.default_rng(0)
-    z_mean = random.normal(size=[5, 4]).astype(np.float32)
-    z_log_var = random.normal(size=[5, 4]).astype(np.float32)
-    kl = notebook.fetch("kl_loss(a, b).numpy()", a=z_mean, b=z_log_var)
+    z_mean, z_log_var = random.normal(size=[2, 5, 4]).astype(np.float32)
+    kl = notebook.module.kl_loss(z_mean, z_log_var)
     posterior = scipy.stats.norm(z_mean, np.exp(z_log_var / 2))
     z = posterior.rvs([100_000, 5, 4], random_state=random)
     log_ratio = (posterior.logpdf(z) - scipy.stats.norm.logpdf(z)).sum(axis=2)
@@ -24,84 +23,76 @@ def test_kl_loss_is_that_of_a_monte_carlo_estimate(notebook):
     assert np.all(np.abs(kl - log_ratio.mean(axis=0)) < 4 * standard_error)
 
 
-def test_reconstruction_loss_is_the_negative_log_density(notebook):
-    x, mean = np.random.default_rng(0).uniform(size=[2, 6, 784]).astype(np.float32)
-    loss = notebook.fetch("reconstruction_loss(a, b).numpy()", a=x, b=mean)
-    expected = -scipy.stats.norm.logpdf(x, mean, notebook.fetch("decoder_std")).sum(axis=1)
-    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+def test_reconstruction_loss_is_a_negative_log_density_or_the_cross_entropy_of_grey(notebook):
+    names = notebook.module
+    x, p = np.random.default_rng(0).uniform(size=[2, 6, 784]).astype(np.float32)
+    assert names.reconstruction_loss is names.gaussian_loss
+    expected = -scipy.stats.norm.logpdf(x, p, names.decoder_std).sum(axis=1)
+    np.testing.assert_allclose(names.reconstruction_loss(x, p), expected, rtol=1e-4)
+    expected = -(scipy.special.xlogy(x, p) + scipy.special.xlogy(1 - x, 1 - p)).sum(axis=1)
+    np.testing.assert_allclose(names.bernoulli_loss(x, p), expected, rtol=1e-5)
+    (surely_wrong,) = names.bernoulli_loss(tf.ones([1, 784]), tf.zeros([1, 784])).numpy()
+    assert surely_wrong == pytest.approx(784 * np.log(1e6), rel=1e-4)
 
 
 def test_classification_loss_is_the_cross_entropy(notebook):
     logits = np.random.default_rng(0).normal(size=[6, 10]).astype(np.float32)
     digits = np.arange(6)
-    loss = notebook.fetch("classification_loss(a, b).numpy()", a=digits, b=logits)
     expected = scipy.special.logsumexp(logits, axis=1) - logits[digits, digits]
+    loss = notebook.module.classification_loss(digits, logits)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
-def test_bernoulli_loss_is_the_cross_entropy_of_grey_values(notebook):
-    x, p = np.random.default_rng(0).uniform(size=[2, 6, 784]).astype(np.float32)
-    loss = notebook.fetch("bernoulli_loss(x, p).numpy()", x=x, p=p)
-    expected = scipy.special.xlogy(x, p) + scipy.special.xlogy(1 - x, 1 - p)
-    np.testing.assert_allclose(loss, -expected.sum(axis=1), rtol=1e-5)
-    assert notebook.fetch("reconstruction_loss is gaussian_loss")
-    (surely_wrong,) = notebook.fetch(
-        "bernoulli_loss(tf.ones([1, 784]), tf.zeros([1, 784])).numpy()"
-    )
-    assert surely_wrong == pytest.approx(784 * np.log(1e6), rel=1e-4)
+def test_whom_the_losses_train(notebook, monkeypatch):
+    names = notebook.module
+    networks = names.encoder, names.decoder, names.digit_classifier
+    x, digits = tf.constant(names.test_images[:20]), names.test_digits[:20]
 
+    def gradient_norms(loss):
+        with tf.GradientTape() as tape:
+            value = loss()
+        gradients = tape.gradient(value, [network.trainable_variables for network in networks])
+        return [sum(float(tf.norm(g)) for g in group if g is not None) for group in gradients]
 
-GRADIENTS = """
-def gradient_norms(loss):
-    with tf.GradientTape() as tape:
-        value = loss()
-    networks = (encoder, decoder, digit_classifier)
-    gradients = tape.gradient(value, [network.trainable_variables for network in networks])
-    return [sum(float(tf.norm(g)) for g in group if g is not None) for group in gradients]
-"""
+    def vae_loss():
+        return tf.reduce_mean(names.model_losses(x, digits, [0, 0])["vae_loss"])
 
-
-def test_whom_the_losses_train(notebook):
-    notebook.execute(GRADIENTS)
-    notebook.execute("x, d = tf.constant(test_images[:20]), test_digits[:20]")
-    vae = "gradient_norms(lambda: tf.reduce_mean(model_losses(x, d, [0, 0])['vae_loss']))"
-    encoder, decoder, classifier = notebook.fetch(vae)
+    encoder, decoder, classifier = gradient_norms(vae_loss)
     assert encoder > 0
     assert decoder > 0
     assert classifier == 0  # stop_gradient
-    assert notebook.fetch(vae, stop_gradient=False)[2] > 0
-    notebook.execute("stop_gradient = True")
-    asked = "gradient_norms(lambda: asked_digit_loss([0, 1]))"
-    encoder, decoder, classifier = notebook.fetch(asked)
+    encoder, decoder, classifier = gradient_norms(lambda: names.asked_digit_loss([0, 1]))
     assert decoder > 0
     assert encoder == classifier == 0
+    monkeypatch.setattr(names, "stop_gradient", False)
+    assert gradient_norms(vae_loss)[2] > 0
 
 
 def test_the_same_key_gives_the_same_noise_and_another_one_other_noise(notebook):
-    notebook.execute("x, d = tf.constant(test_images[:20]), test_digits[:20]")
-    losses = "model_losses(x, d, key, training=True)['vae_loss'].numpy()"
-    one, same, other = (notebook.fetch(losses, key=key) for key in ([0, 1], [0, 1], [0, 2]))
+    names = notebook.module
+    x, digits = tf.constant(names.test_images[:20]), names.test_digits[:20]
+    one, same, other = (
+        names.model_losses(x, digits, key, training=True)["vae_loss"].numpy()
+        for key in ([0, 1], [0, 1], [0, 2])
+    )
     np.testing.assert_array_equal(one, same)
     assert np.all(one != other)
 
 
-STEP = """
-def step_taken(longest):
-    global optimizer, clip_norm
-    kept = optimizer, clip_norm, [weight.numpy() for weight in weights]
-    optimizer, clip_norm = keras.optimizers.SGD(1.0), longest
-    train_step(tf.constant(test_images[:batch_size]), tf.constant(test_digits[:batch_size]))
-    optimizer, clip_norm, before = kept
-    after = [weight.numpy() for weight in weights]
-    for weight, value in zip(weights, before):
-        weight.assign(value)
-    return [b - a for b, a in zip(before, after)]
-"""
+def test_a_step_is_as_long_as_the_gradient_or_for_each_unit_the_clip_norm(notebook, monkeypatch):
+    names = notebook.module
+    x, digits = (tf.constant(a[: names.batch_size]) for a in (names.test_images, names.test_digits))
 
+    def step_taken(longest):
+        monkeypatch.setattr(names, "optimizer", keras.optimizers.SGD(1.0))
+        monkeypatch.setattr(names, "clip_norm", longest)
+        before, restore = [w.numpy() for w in names.weights], vae_helpers.snapshot(names.networks)
+        names.train_step(x, digits)
+        step = [b - w.numpy() for b, w in zip(before, names.weights, strict=True)]
+        restore()
+        return step
 
-def test_a_step_is_as_long_as_the_gradient_or_for_each_unit_the_clip_norm(notebook):
-    notebook.execute(STEP)
-    gradients, short, free = (notebook.fetch(f"step_taken({c})") for c in (None, 0.1, 1e6))
+    gradients, short, free = map(step_taken, (None, 0.1, 1e6))
     for gradient, step, unclipped in zip(gradients, short, free, strict=True):
         np.testing.assert_allclose(unclipped, gradient, atol=1e-5)
         lengths = np.linalg.norm(gradient, axis=0)
@@ -156,19 +147,8 @@ def test_distortion_moves_pixels_along_rows_and_then_columns_by_waves(count):
         assert np.abs(distorted - image).max() > 0.1
 
 
-# A linear decoder with Gaussian pixels, whose P(x) is known: x ~ N(offset, weights·weightsᵀ + σ²).
-LINEAR_GAUSSIAN = """
-def encoder(inputs):
-    images, digit_probs = inputs
-    return (images - offset) @ to_mean, tf.zeros([len(images), z_dim]) + log_var
-def decoder(description):
-    z, digit_probs = description
-    return z @ tf.transpose(loadings) + offset
-reconstruction_loss = gaussian_loss
-"""
-
-
 def test_bound_of_a_linear_gaussian_model_is_its_known_likelihood(small_npz):
+    # A linear decoder with Gaussian pixels has a known P(x): x ~ N(offset, weights·weightsᵀ + σ²).
     random = np.random.default_rng(0)
     z_dim, std = 3, 0.5
     loadings = random.normal(size=[784, z_dim]) * 0.01
@@ -179,27 +159,30 @@ def test_bound_of_a_linear_gaussian_model_is_its_known_likelihood(small_npz):
     precision = np.eye(z_dim) + loadings.T @ loadings / std**2
     # The true posterior has this mean and a covariance that is nearly diagonal; Q is a wider one.
     to_mean = loadings @ np.linalg.inv(precision) / std**2
-    names = {"offset": offset, "loadings": loadings, "to_mean": to_mean, "x": x}
-    names |= {"log_var": np.log(np.diag(np.linalg.inv(precision))) + 0.5}
-    names = {name: array.astype(np.float32) for name, array in names.items()}
-    linear = Notebook()
-    linear.run(last="loss", **{**SMALL, "data_path": str(small_npz), "z_dim": z_dim})
-    linear.execute(LINEAR_GAUSSIAN)
+    log_var = np.tile(np.log(np.diag(np.linalg.inv(precision))) + 0.5, [len(x), 1])
+    offset, loadings, to_mean, log_var, x = (
+        tf.constant(array, tf.float32) for array in (offset, loadings, to_mean, log_var, x)
+    )
+    linear = Notebook().run(last="loss", **{**SMALL, "data_path": str(small_npz), "z_dim": z_dim})
+    names = linear.module
+    names.encoder = lambda inputs: ((inputs[0] - offset) @ to_mean, log_var)
+    names.decoder = lambda described: described[0] @ tf.transpose(loadings) + offset
     linear.run("bound", "bound")
-    bound = "log_likelihood_bound(x, tf.range(6), tf.constant({})).numpy()"
-    bounds = {draws: linear.fetch(bound.format(draws), **names) for draws in (1, 10, 5000)}
-    assert np.mean(bounds[1]) < np.mean(bounds[10]) < np.mean(bounds[5000])
-    np.testing.assert_allclose(bounds[5000], expected, atol=0.05)
-    assert np.abs(bounds[1] - expected).max() > 0.3
+    one, ten, many = (
+        names.log_likelihood_bound(x, tf.range(6), tf.constant(draws)) for draws in (1, 10, 5000)
+    )
+    assert np.mean(one) < np.mean(ten) < np.mean(many)
+    np.testing.assert_allclose(many, expected, atol=0.05)
+    assert np.abs(one - expected).max() > 0.3
 
 
 def test_the_bounds_are_ordered_as_they_must_be(notebook):
-    given_true, given_each, log_p = notebook.fetch(
-        "log_p_given_true_digit, log_p_given_digit, log_p"
-    )
-    expected = scipy.special.logsumexp(given_each, axis=0) - np.log(10)
+    names = notebook.module
+    given_true, log_p = names.log_p_given_true_digit, names.log_p
+    expected = scipy.special.logsumexp(names.log_p_given_digit, axis=0) - np.log(10)
     np.testing.assert_allclose(log_p, expected, rtol=1e-5)
     assert np.all(log_p >= given_true - np.log(10) - 1e-3)
-    bound = "log_likelihood_bound(bound_images, bound_digits, tf.constant({})).numpy()"
-    assert notebook.fetch(bound.format(1)).mean() < given_true.mean()
-    assert np.all(notebook.fetch(bound.format(500)) == given_true)
+    bounded = names.bound_images, names.bound_digits
+    one, all_draws = (names.log_likelihood_bound(*bounded, tf.constant(k)) for k in (1, 500))
+    assert np.mean(one) < given_true.mean()
+    assert np.all(all_draws == given_true)

@@ -2,8 +2,8 @@
 
 import ast
 import contextlib
-import math
 import re
+from math import inf, nan
 
 import keras
 import numpy as np
@@ -15,40 +15,35 @@ from hypothesis import strategies as st
 import vae_helpers
 
 DEFAULTS = {}
-exec(cell_source(NOTEBOOK, "parameters"), DEFAULTS)
-del DEFAULTS["__builtins__"]
+exec(cell_source(NOTEBOOK, "parameters"), {}, DEFAULTS)
 LIKELIHOODS = {"likelihoods": ["gaussian", "bernoulli"]}
-
-INF, NAN = math.inf, math.nan
 
 # Values that are refused, by name.
 BAD = {
     "data_path": [0, "", ["mnist.npz"], True],
     "output_dir": [0, "", True],
     "seed": [-1, 2**31, 1.5, None, "0"],
-    "epochs": [0, -1, 1001, 2.0, None, True, "20", INF],
-    "batch_size": [0, -5, 1.5, NAN, "many"],
+    "epochs": [0, -1, 1001, 2.0, None, True, "20", inf],
+    "batch_size": [0, -5, 1.5, nan, "many"],
     "hidden_layers": [[], [0], [512, -1], [12.5], 512, "5", None, [True], [[5]]],
     "activation": ["gelo", "", None, "GELU", 0, "get", "threshold", "glu"],
     "encoder_sees_digit": [1, "yes", None],
     "decoder_skips": [1, "yes", None],
     "z_dim": [0, 1, -3, 10.0, None],
     "likelihood": ["normal", None, ""],
-    "decoder_std": [0, -0.5, NAN, INF, "0.5", None, 1e-9],
-    "classification_weight": [-1.0, NAN, INF, None],
+    "decoder_std": [0, -0.5, nan, inf, "0.5", None, 1e-9],
+    "classification_weight": [-1.0, nan, inf, None],
     "stop_gradient": [0, "no"],
-    "asked_digit_weight": [-1, NAN, INF],
-    "distortion": [-0.1, 5.1, NAN, None],
+    "asked_digit_weight": [-1, nan, inf],
+    "distortion": [-0.1, 5.1, nan, None],
     "optimizer_name": ["sdg", "SGD", "", None, 1],
-    "learning_rate": [0, -0.1, NAN, INF, "fast", None],
+    "learning_rate": [0, -0.1, nan, inf, "fast", None],
     "cosine_decay": [1, None],
-    "momentum": [-0.1, 1, 1.5, NAN, None],
-    "clip_norm": [0, -5, NAN, INF, "5"],
+    "momentum": [-0.1, 1, 1.5, nan, None],
+    "clip_norm": [0, -5, nan, inf, "5"],
 }  # fmt: skip
 
 CASES = [(name, value) for name, values in BAD.items() for value in values]
-
-ALLOWED = ("Input should be", "List should have", "String should have")
 
 
 def refusal(name, value):
@@ -80,7 +75,7 @@ def test_a_bad_value_is_named_with_what_is_allowed(name, value):
     assert where.split("[")[0] == name
     value = value if where == name else value[int(where.split("[")[1][:-1])]
     assert rest.startswith(f"{value!r:.80}: ")
-    assert any(words in rest for words in ALLOWED)
+    assert re.search("Input should be|List should have|String should have", rest)
 
 
 def test_all_that_is_wrong_is_named_at_once():
@@ -117,21 +112,18 @@ def test_a_name_that_a_person_adds_is_checked_and_travels_with_the_rest():
 
 
 @pytest.mark.parametrize(
-    ("change", "back"),
-    [
-        ("set_dtype_policy('mixed_bfloat16')", "set_dtype_policy('float32')"),
-        ("set_floatx('float64')", "set_floatx('float32')"),
-    ],
+    ("setter", "other"), [("set_dtype_policy", "mixed_bfloat16"), ("set_floatx", "float64")]
 )
-def test_another_precision_of_keras_is_said_in_one_line(change, back):
-    exec(f"keras.config.{change}")
+def test_another_precision_of_keras_is_said_in_one_line(setter, other):
+    change = getattr(keras.config, setter)
+    change(other)
     try:
         with pytest.raises(ValueError, match="Keras must compute in float32") as error:
             vae_helpers.check_hyperparameters(DEFAULTS)
         assert "\n" not in str(error.value)
-        assert back in str(error.value)
+        assert f"{setter}('float32')" in str(error.value)
     finally:
-        exec(f"keras.config.{back}")
+        change("float32")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +204,7 @@ def test_anything_is_taken_or_refused_by_name(name, value):
             assert name in ("data_path", "output_dir", "clip_norm")
         elif isinstance(DEFAULTS[name], float):
             assert type(value) in (int, float)
-            assert 0 <= value < INF
+            assert 0 <= value < inf
         else:
             assert DEFAULTS[name] is None or type(value) is type(DEFAULTS[name])
 
