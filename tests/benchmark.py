@@ -350,4 +350,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import benchmark  # by a name that the notebook, which becomes `__main__`, leaves to it
+
+    benchmark.main()
