@@ -46,11 +46,9 @@ def train_judge(data, epochs=6):
     head = [keras.layers.Flatten(), keras.layers.Dense(128, "relu"), keras.layers.Dense(10)]
     judge = keras.Sequential([keras.Input([784]), *layers, *head])
     steps = epochs * -(-len(data.x_train) // 128)
-    judge.compile(
-        keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.002, steps)),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
+    adam = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.002, steps))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    judge.compile(adam, loss, metrics=["accuracy"])
     judge.fit(data.x_train, data.y_train, batch_size=128, epochs=epochs, verbose=2)
     return keras.Model(judge.inputs, [layer.output for layer in judge.layers[-2:]])
 

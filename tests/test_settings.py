@@ -11,6 +11,7 @@ import pytest
 from conftest import NOTEBOOK, ROOT, cell_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quality import ARTICLE
 
 import vae_helpers
 
@@ -66,6 +67,8 @@ def test_the_defaults_are_taken_and_all_are_checked():
 def test_readme_lists_all_with_their_defaults():
     rows = re.findall(r"^`(\w+)` \|.*?\| `(.+?)` \|", (ROOT / "README.md").read_text(), re.M)
     assert {name: ast.literal_eval(default) for name, default in rows} == DEFAULTS
+    of_the_article = vae_helpers.check_hyperparameters({**DEFAULTS, **ARTICLE})
+    assert of_the_article["hidden_layers"] == [128]  # so `quality.py` finds them there
 
 
 @pytest.mark.parametrize(("name", "value"), CASES)
