@@ -832,14 +832,17 @@ def _task(sources, helper, patience):
         from nbclient.exceptions import CellExecutionError
         from nbformat import v4, writes
 
-        async def execute(**options):
+        async def execute(folder):
             client = NotebookClient(notebook, shutdown_kernel="immediate")
-            run = asyncio.create_task(client.async_execute(**options))
+            env = {"TF_NUM_INTRAOP_THREADS": "1", **os.environ}
+            run = asyncio.create_task(client.async_execute(cwd=folder, env=env))
             for _ in range(600 + patience * settings["epochs"]):
                 given_up = task.state != "executing" or worker.status.name.startswith("clos")
                 if (await asyncio.wait([run], timeout=1))[0] or given_up:
-                    return run.result()  # an error, if nobody waits for it any longer
-            raise TimeoutError
+                    executed = writes(run.result())  # an error, if nobody waits for it any longer
+                    kept = Path(folder, "kept", "run.zip").read_bytes()
+                    return {"vae2.ipynb": executed.encode(), "run.zip": kept}
+            return "it took too long"
 
         worker = get_worker()
         task = worker.state.tasks[worker.get_current_task()]
@@ -852,17 +855,12 @@ def _task(sources, helper, patience):
             "assert len(samples) == epochs, 'its loss did not stay finite'"
         ]
         notebook = v4.new_notebook(cells=[v4.new_code_cell(source) for source in cells])
-        env = {"TF_NUM_INTRAOP_THREADS": "1", **os.environ}
         with tempfile.TemporaryDirectory(dir=worker.local_directory) as folder:
             Path(folder, "data.npz").write_bytes(packed)
             Path(folder, "vae_helpers.py").write_text(helper, "utf-8")
             try:
-                asyncio.run(execute(cwd=folder, env=env))
+                return asyncio.run(execute(folder))
             except CellExecutionError as error:
                 return f"{error.ename}: {error.evalue}"
-            except TimeoutError:
-                return "it took too long"
-            run = Path(folder, "kept", "run.zip").read_bytes()
-        return {"vae2.ipynb": writes(notebook).encode(), "run.zip": run}
 
     return run_notebook
