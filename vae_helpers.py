@@ -725,10 +725,10 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook=None, pa
             raise OSError(f"{error}: {folder} keeps what is done; run this again") from error
     rows = []
     for path in filter(Path.exists, runs):
-        with zipfile.ZipFile(path / "run.zip") as archive:
-            row = json.loads(archive.read("results.json")) | runs[path][1] | {"data": data.name}
-            digits = np.load(io.BytesIO(archive.read("samples.npy")))[-1]
-        rows.append({**row, "folder": path, "change": runs[path][0], "digits": digits})
+        with np.load(path / "run.zip") as kept:
+            row = json.loads(kept["results.json"]) | runs[path][1] | {"data": data.name}
+            row |= {"folder": path, "change": runs[path][0], "digits": kept["samples"][-1]}
+            rows.append(row)
     if len(versions := {str(row["versions"]) for row in rows}) > 1:
         print("not all with the same versions:", *sorted(versions), sep="\n")
     others = len(list(folder.glob("[!.]*"))) - len(rows)
