@@ -208,8 +208,7 @@ def _read(path):
             with zipfile.ZipFile(path) as archive:
                 if max(entry.file_size for entry in archive.infolist()) > MAX_IMAGES * PIXELS:
                     raise ValueError(f"it unpacks to more than {MAX_IMAGES:,} images")
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = [archive[name] for name in Digits._fields[:4]]
+                arrays = [np.load(archive.open(f"{name}.npy")) for name in Digits._fields[:4]]
         elif not path.is_dir():
             raise ValueError("a special file" if path.exists() else "no such file or folder")
         elif any(path.glob("emnist-*")):
