@@ -532,18 +532,15 @@ def read_handwriting(path):
         grey = _read_photograph(path)
         return grey, _frame(_find_ink(grey))
     except Exception as error:  # damaged bytes make Pillow fail in many ways
-        raise ValueError(f"{path}: not a readable photograph of a digit: {error}") from error
+        known = f"none of {', '.join(PICTURE_FORMATS)}; save HEIC, of a telephone, as JPEG"
+        fault = known if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{path}: not a readable photograph of a digit: {fault}") from error
 
 
 def _read_photograph(path):
     """Read a picture file, grey values in [0, 1]: float32 [height, width], the longer 300."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            picture = Image.open(path, formats=PICTURE_FORMATS)
-        except UnidentifiedImageError:
-            formats = ", ".join(PICTURE_FORMATS)
-            raise ValueError(f"none of {formats}; save HEIC, of a telephone, as JPEG") from None
+    with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+        picture = Image.open(path, formats=PICTURE_FORMATS)
     with picture:
         if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # with a preview
             raise ValueError(f"it holds {picture.n_frames} pictures, not one")
