@@ -547,11 +547,10 @@ def _read_photograph(path):
         upright = ImageOps.exif_transpose(picture)
     if upright.mode[0] in "IF":  # more than 8 bits, from and to any value
         values = np.nan_to_num(np.float32(upright))
-        spread = max(np.ptp(values), np.finfo(np.float32).tiny)
-        upright = Image.fromarray(np.uint8(255 * (values - values.min()) / spread))
-    bands = upright.convert("RGBA").convert("LA").split()
-    bands = (ImageOps.contain(band, (300, 300), Image.Resampling.BILINEAR) for band in bands)
-    grey, opacity = (np.float32(band) / 255 for band in bands)
+        values = np.interp(values, [values.min(), values.max()], [0, 255])
+        upright = Image.fromarray(np.uint8(values))
+    upright = ImageOps.contain(upright.convert("RGBA").convert("LA"), (300, 300), Image.BILINEAR)
+    grey, opacity = np.moveaxis(np.float32(upright) / 255, 2, 0)
     behind = np.sum(grey * opacity) < 0.5 * np.sum(opacity)  # what is transparent
     return behind + (grey - behind) * opacity
 
