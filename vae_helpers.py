@@ -574,12 +574,11 @@ def _find_ink(photograph):
     if not contrast.max() >= 0.1:
         raise ValueError("nothing is written on it, all of it is nearly one grey")
     ink = contrast > contrast.max() / 2
-    strokes, count = ndimage.label(contrast > contrast.max() / 4, np.ones([3, 3]))
-    sizes = np.bincount(strokes[ink], minlength=count + 1)
-    inner = sizes.copy()
-    inner[strokes[rim]] = 0
-    sizes = inner if inner.sum() > 0.1 * sizes.sum() else sizes
-    ink &= (sizes > sizes.max() / 20)[strokes]
+    strokes, _ = ndimage.label(contrast > contrast.max() / 4, np.ones([3, 3]))
+    inner = ink & ~np.isin(strokes, strokes[rim])
+    ink = inner if inner.sum() > 0.1 * ink.sum() else ink
+    sizes = np.bincount(strokes[ink])
+    ink &= np.isin(strokes, np.flatnonzero(sizes > sizes.max() / 20))
     extent = np.ptp(np.nonzero(ink), axis=1) + 1  # height, width
     side, spare = max(extent), ink.shape - extent
     thickness = 2 * ndimage.distance_transform_edt(np.pad(ink, 1)).max()
