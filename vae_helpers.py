@@ -529,12 +529,20 @@ def read_handwriting(path):
     ink, several things, a filled area, a line from edge to edge or what is wider than a digit.
     """
     try:
-        grey = _read_photograph(path)
-        return grey, _frame(_find_ink(grey))
+        photograph = _read_photograph(path)
+        ink = _find_ink(photograph)
     except Exception as error:  # damaged bytes make Pillow fail in many ways
         known = f"none of {', '.join(PICTURE_FORMATS)}; save HEIC, of a telephone, as JPEG"
         fault = known if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{path}: not a readable photograph of a digit: {fault}") from error
+    places = np.argwhere(ink)[:, ::-1]  # [pixels of the ink, x and y]
+    pixel = (np.ptp(places, axis=0).max() + 1) / 20  # of the result, in pixels of the ink
+    margin = SIDE * math.ceil(pixel)
+    # MNIST's centres of mass are in the middle of the 15th pixel.
+    corner = places.mean(axis=0) + 0.5 + margin - 14.5 * pixel
+    field = (*corner, *(corner + SIDE * pixel))
+    paper = Image.fromarray(np.float32(np.pad(ink, margin)))
+    return photograph, np.ravel(paper.resize((SIDE, SIDE), Image.BILINEAR, field))
 
 
 def _read_photograph(path):
@@ -596,18 +604,6 @@ def _find_ink(photograph):
         if is_so:
             raise ValueError(wrong)
     return distance <= max(0, side / 12 - thickness) / 2  # a thin pen's strokes grown
-
-
-def _frame(ink):
-    """Scale ink, bool [height, width], to a 20×20 box, centred by mass in float32 [784]."""
-    rows, columns = np.nonzero(ink)
-    pixel = (max(np.ptp(rows), np.ptp(columns)) + 1) / 20  # of the result, in pixels of the ink
-    margin = SIDE * math.ceil(pixel)
-    # MNIST's centres of mass are in the middle of the 15th pixel.
-    corner = np.array([columns.mean(), rows.mean()]) + 0.5 + margin - 14.5 * pixel
-    paper = Image.fromarray(np.pad(ink, margin).astype(np.float32))
-    field = (*corner, *(corner + SIDE * pixel))
-    return np.ravel(paper.resize((SIDE, SIDE), Image.Resampling.BILINEAR, field))
 
 
 @in_plain_style
