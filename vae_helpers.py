@@ -397,9 +397,7 @@ class Figure(matplotlib.figure.Figure):
 
 def _tile(images):
     """Lay images [rows, columns, 784] side by side: [rows · 28, columns · 28]."""
-    rows, columns = images.shape[:2]
-    tiled = images.reshape(rows, columns, SIDE, SIDE).swapaxes(1, 2)
-    return tiled.reshape(rows * SIDE, columns * SIDE)
+    return np.block([[image.reshape(SIDE, SIDE) for image in row] for row in images])
 
 
 @in_plain_style
