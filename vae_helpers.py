@@ -28,12 +28,11 @@ from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import matplotlib.figure
-import matplotlib.style
 import numpy as np
 import pooch
 import pydantic
 import requests
-from matplotlib import colormaps, rcParams
+from matplotlib import colormaps, rcParams, style
 from matplotlib.image import imsave
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -385,7 +384,7 @@ def clip(gradients, longest):
 # Figures
 # 0 is white paper, 1 is black ink, in 64 shades: to a file, far fewer bytes than 256.
 INK = {"cmap": colormaps["gray_r"].resampled(64), "vmin": 0, "vmax": 1, "origin": "upper"}
-in_plain_style = matplotlib.style.context("default")  # whatever a person's own settings are
+in_plain_style = style.context("default")  # whatever a person's own settings are
 
 
 class Figure(matplotlib.figure.Figure):
