@@ -278,8 +278,7 @@ def dense_by_digit(x, digit_probs, units, name=None):
 
     if digit_probs is None:
         return layers.Dense(units, name=name)(x)
-    of_each_digit = layers.Dense(DIGITS * units, name=name)(x)
-    of_each_digit = layers.Reshape([DIGITS, units])(of_each_digit)
+    of_each_digit = layers.Reshape([DIGITS, units])(layers.Dense(DIGITS * units, name=name)(x))
     # Compiled, a product and a sum are faster than a batch of small matrix products.
     return ops.sum(of_each_digit * ops.expand_dims(digit_probs, axis=2), axis=1)
 
