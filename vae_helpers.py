@@ -48,9 +48,8 @@ DIGITS = 10  # classes
 def quiet_start():
     """Let Keras run on TensorFlow, and be quiet while they are imported, whatever the log level.
 
-    What C++ code and other processes write to file descriptor 2 is discarded; TensorFlow complains
-    there of missing GPU drivers (tensorflow/tensorflow#100442). A kernel still shows Python's own
-    warnings and errors: they take another way.
+    What other than Python writes to file descriptor 2 is discarded, such as TensorFlow's complaints
+    of missing GPU drivers (tensorflow/tensorflow#100442).
     """
     os.environ.update(KERAS_BACKEND="tensorflow", TF_CPP_MIN_LOG_LEVEL="1")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # so that runs share a GPU
@@ -110,10 +109,9 @@ def check_hyperparameters(names, image_count=None):
     """Return the hyperparameters among `names`, such as a notebook's `globals()`, as a dict.
 
     They are the fields of `Hyperparameters` and what else their cell assigned when it was last run
-    (`names["In"]` holds IPython's cells). A real number that is given as a whole one becomes real.
-    If they are known, `names["likelihoods"]`, a table, limits `likelihood`, and `image_count`, of
-    the training set, `batch_size`. ValueError has a line for each that is missing or wrong: name,
-    value, what is allowed, why; or says that Keras is set to compute in other than float32.
+    (`names["In"]` holds IPython's cells). A whole number becomes real where one is meant. A table
+    `names["likelihoods"]` limits `likelihood`, `image_count` `batch_size`. ValueError has a line
+    for each that is missing or wrong, or says that Keras computes in other than float32.
     """
     import keras
 
@@ -168,9 +166,9 @@ def load_mnist(path=None):
     """Load MNIST (LeCun, Cortes and Burges, 1998; CC BY-SA 3.0) as `Digits`.
 
     `path` is an `mnist.npz` in Keras' layout or a folder of the four IDX files, gzipped or not;
-    another data set in these formats gets its file's or folder's name. ValueError names a copy
-    that is not as it should be. `None` takes the copy in Keras' cache or downloads it to there;
-    where that cannot be, one printed line says so and `load_offline_digits` stands in.
+    other data in these formats get its name. ValueError names a copy that is not as it should be.
+    `None` takes the copy in Keras' cache or downloads it to there; where that cannot be, one
+    printed line says so and `load_offline_digits` stands in.
     """
     if path is None:
         try:
@@ -271,8 +269,8 @@ def _vary(image, random):
 def dense_by_digit(x, digit_probs, units, name=None):
     """Connect a dense layer to `x`, one of its own for each digit, the ten weighted and summed.
 
-    From Keras tensors x [batch, N] and digit_probs [batch, 10] to one [batch, units]. `None` as
-    digit_probs makes one dense layer for all digits. The layer is called `name`.
+    From Keras tensors x [batch, N] and digit_probs [batch, 10], or `None` for one layer for all
+    digits, to one [batch, units].
     """
     from keras import layers, ops
 
@@ -332,11 +330,11 @@ def report_epoch(epoch, epochs, result):
 def distort(images, strength, key):
     """Bend images [N, 784] smoothly, in fifteen ways, as if drawn on sheets of rubber: a tensor.
 
-    Pixels move along rows, then columns, by sums of cosine waves, the longest by up to `strength`
-    pixels. With linear interpolation, each move is a product with a small matrix for every row or
-    column. A way of its own for each image would take longer. The ways follow from `key`, int32
-    [2]. After Simard, Steinkraus and Platt, "Best practices for convolutional neural networks
-    applied to visual document analysis", 2003.
+    Pixels move along rows, then columns, by sums of cosine waves that follow from `key`, int32 [2],
+    the longest by up to `strength` pixels. With linear interpolation, each move is a product with a
+    small matrix for every row or column; one for each image would take longer. After Simard,
+    Steinkraus and Platt, "Best practices for convolutional neural networks applied to visual
+    document analysis", 2003.
     """
     import tensorflow as tf
 
@@ -400,11 +398,10 @@ def _tile(images):
 
 @in_plain_style
 def plot_digit_grid(images, *, row_labels=None, column_labels=range(DIGITS), title=None, ax=None):
-    """Draw images [rows, columns, 784], grey values in [0, 1] from paper to ink, as one picture.
+    """Draw images [rows, columns, 784], in [0, 1], in `ax` or a new Figure; return the Figure.
 
-    It is drawn in `ax`, or in a new Figure of fitting size; the Figure is returned. There is a
-    label for each row and column, by default of the columns, the digits. ValueError: the images
-    are not of that shape, or a list of labels is not as long as its side.
+    Labels are one for each row and column. ValueError: the images are not of that shape, or labels
+    not as many as rows or columns.
     """
     images = np.asarray(images, np.float32)
     if images.ndim != 3 or images.shape[2] != PIXELS:
@@ -519,10 +516,9 @@ def read_handwriting(path):
     there is ink elsewhere. `path` is a picture file, or a binary file that is open for reading.
 
     Returns the photograph, grey from 0 to 1, upright: float32 [height, width], the longer 300; and
-    float32 [784], from paper to ink: black on white, scaled to fit a box of 20×20 pixels, its
-    centre of mass amid 28×28 (LeCun, Cortes and Burges, 1998). ValueError names the file and says
-    what is wrong: it is no picture, has more than 89 million pixels or several frames, or shows no
-    ink, several things, a filled area, a line from edge to edge or what is wider than a digit.
+    float32 [784], from paper, 0, to ink, 1, in a box of 20×20 pixels with its centre of mass amid
+    28×28 (LeCun, Cortes and Burges, 1998). ValueError names the file and what is wrong: no picture,
+    over 89 million pixels, several frames, or no single digit on plain ground.
     """
     try:
         photograph = _read_photograph(path)
@@ -675,9 +671,8 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook=None, pa
     the notebook's `globals()`, has the others; `data`, `Digits` to train on, go to the workers of
     the Dask `scheduler` at an address or, if that is `None`, of this machine. `notebook` is a path;
     `None` is the one open in JupyterLab, Notebook 7 or VS Code, else vae2.ipynb. Each run has a
-    kernel, for ten minutes and `patience` seconds an epoch. Runs are alike bit for bit, unlike the
-    notebook itself, which may use more threads. `folder` keeps of each its run.zip (see `load_run`)
-    and its notebook with all figures, by settings, data, code and helper; none is repeated.
+    kernel, for ten minutes and `patience` seconds an epoch. `folder` keeps its run.zip (for
+    `load_run`) and its notebook with all figures, by settings, data and code; none is repeated.
 
     Returns a pandas.DataFrame, a row for each run now kept: its hyperparameters and results,
     `folder`, `change`, a dict of what was changed, and `digits`, its last samples [10, 784].
@@ -720,8 +715,7 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook=None, pa
 def summarize_runs(runs, sort_by="vae_loss", ascending=True):
     """Return a Figure of the last digits and a table of the results of what `run_settings` gives.
 
-    Runs that differ in their seed alone share a row of the table: the mean and the range. Both
-    are sorted by a column such as "vae_loss" or, with `ascending` False, "accuracy".
+    Runs that differ in their seed alone share a row of the table. Both are sorted by a column.
     """
     runs = runs.sort_values(sort_by, ascending=ascending)
     changed = dict.fromkeys(name for change in runs["change"] for name in change)
