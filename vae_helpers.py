@@ -582,19 +582,17 @@ def _find_ink(photograph):
     extent = np.ptp(np.nonzero(ink), axis=1) + 1  # height, width
     side, spare = max(extent), ink.shape - extent
     thickness = 2 * ndimage.distance_transform_edt(np.pad(ink, 1)).max()
-    thick = thickness > 0.28 * side
     distance = ndimage.distance_transform_edt(~np.pad(ink, side // 8))
     parts = ndimage.find_objects(ndimage.label(distance < side / 20)[0])
     large = [y.stop - y.start > 0.35 * side or x.stop - x.start > 0.7 * side for y, x in parts]
-    for wrong, is_so in {
-        "more than one digit is written on it": sum(large) > 1,
-        "it shows a filled area, no strokes": thick
-        and ink.sum() > 0.88 * spatial.ConvexHull(np.argwhere(ink)).volume,
-        "what is written on it is wider than a digit": extent[1] > 1.4 * extent[0],
-        "a line on it runs from edge to edge": spare.min() == 0 and spare.max() > side / 4,
-    }.items():
-        if is_so:
-            raise ValueError(wrong)
+    if sum(large) > 1:
+        raise ValueError("more than one digit is written on it")
+    if thickness > 0.28 * side and ink.sum() > 0.88 * spatial.ConvexHull(np.argwhere(ink)).volume:
+        raise ValueError("it shows a filled area, no strokes")
+    if extent[1] > 1.4 * extent[0]:
+        raise ValueError("what is written on it is wider than a digit")
+    if spare.min() == 0 and spare.max() > side / 4:
+        raise ValueError("a line on it runs from edge to edge")
     return distance <= max(0, side / 12 - thickness) / 2  # a thin pen's strokes grown
 
 
