@@ -411,10 +411,9 @@ def plot_digit_grid(images, *, row_labels=None, column_labels=range(DIGITS), tit
         # Each pixel of an image is a whole number of the figure's, so that all are alike; a
         # notebook's inline figures have twice the dots per inch that matplotlib says.
         scale = max(1, min(3, 2000 // (SIDE * max(rows, columns))))
-        width, height = (scale * SIDE * n / (2 * rcParams["figure.dpi"]) for n in (columns, rows))
-        all_width, all_height = width + 3, height + 1.5  # of which a notebook shows what is drawn
-        frame = [1.5 / all_width, 0.75 / all_height, width / all_width, height / all_height]
-        ax = Figure(figsize=(all_width, all_height)).add_axes(frame)
+        size = scale * SIDE * np.array([columns, rows]) / (2 * rcParams["figure.dpi"])
+        whole = size + np.array([3, 1.5])  # of which a notebook shows what is drawn
+        ax = Figure(figsize=whole).add_axes([*([1.5, 0.75] / whole), *(size / whole)])
     ax.imshow(_tile(images), interpolation="nearest", **INK)
     ax.set_xticks((np.arange(columns) + 0.5) * SIDE - 0.5, list(column_labels))
     ax.set_yticks((np.arange(rows) + 0.5) * SIDE - 0.5, row_labels or [""] * rows)
