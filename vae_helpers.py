@@ -618,8 +618,7 @@ def save_run(folder, networks, samples, **texts):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as unfinished:
-            files = Path(unfinished, "run")
-            files.mkdir()
+            (files := Path(unfinished, "run")).mkdir()
             for network in networks:
                 network.save(files / f"{network.name}.keras")
             np.save(files / "samples.npy", samples)
