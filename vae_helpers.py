@@ -520,7 +520,21 @@ def read_handwriting(path):
     over 89 million pixels, several frames, or no single digit on plain ground.
     """
     try:
-        photograph = _read_photograph(path)
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            picture = Image.open(path, formats=PICTURE_FORMATS)
+        with picture:
+            if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # with a preview
+                raise ValueError(f"it holds {picture.n_frames} pictures, not one")
+            upright = ImageOps.exif_transpose(picture)
+        if upright.mode[0] in "IF":  # more than 8 bits, from and to any value
+            values = np.nan_to_num(np.float32(upright))
+            values = np.interp(values, [values.min(), values.max()], [0, 255])
+            upright = Image.fromarray(np.uint8(values))
+        upright = upright.convert("RGBA").convert("LA")
+        upright = ImageOps.contain(upright, (300, 300), Image.BILINEAR)
+        grey, opacity = np.moveaxis(np.float32(upright) / 255, 2, 0)
+        behind = np.sum(grey * opacity) < 0.5 * np.sum(opacity)  # what is transparent
+        photograph = behind + (grey - behind) * opacity
         ink = _find_ink(photograph)
     except Exception as error:  # damaged bytes make Pillow fail in many ways
         known = f"none of {', '.join(PICTURE_FORMATS)}; save HEIC, of a telephone, as JPEG"
@@ -534,24 +548,6 @@ def read_handwriting(path):
     field = (*corner, *(corner + SIDE * pixel))
     paper = Image.fromarray(np.float32(np.pad(ink, margin)))
     return photograph, np.ravel(paper.resize((SIDE, SIDE), Image.BILINEAR, field))
-
-
-def _read_photograph(path):
-    """Read a picture file, grey values in [0, 1]: float32 [height, width], the longer 300."""
-    with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-        picture = Image.open(path, formats=PICTURE_FORMATS)
-    with picture:
-        if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # with a preview
-            raise ValueError(f"it holds {picture.n_frames} pictures, not one")
-        upright = ImageOps.exif_transpose(picture)
-    if upright.mode[0] in "IF":  # more than 8 bits, from and to any value
-        values = np.nan_to_num(np.float32(upright))
-        values = np.interp(values, [values.min(), values.max()], [0, 255])
-        upright = Image.fromarray(np.uint8(values))
-    upright = ImageOps.contain(upright.convert("RGBA").convert("LA"), (300, 300), Image.BILINEAR)
-    grey, opacity = np.moveaxis(np.float32(upright) / 255, 2, 0)
-    behind = np.sum(grey * opacity) < 0.5 * np.sum(opacity)  # what is transparent
-    return behind + (grey - behind) * opacity
 
 
 def _find_ink(photograph):
