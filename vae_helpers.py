@@ -728,15 +728,13 @@ def _cells_to_run(notebook):
     try:
         for cell in json.loads(notebook.read_text("utf-8"))["cells"]:
             tags, source = cell["metadata"].get("tags", []), "".join(cell["source"])
-            if cell["cell_type"] != "code" or "injected-parameters" in tags:  # of papermill
-                continue
-            if "run_settings(" in source and sources.count(None) == 1:
-                return sources
-            sources.append(None if "parameters" in tags else source)
+            if cell["cell_type"] == "code" and "injected-parameters" not in tags:  # of papermill
+                if "run_settings(" in source and sources.count(None) == 1:
+                    return sources
+                sources.append(None if "parameters" in tags else source)
         raise ValueError("no cell that calls run_settings after just one tagged parameters")
     except (OSError, ValueError, KeyError) as error:
-        message = f"{notebook}: no notebook to compare; say which with `notebook` ({error})"
-        raise ValueError(message) from error
+        raise ValueError(f"{notebook}: no notebook to compare; set `notebook` ({error})") from error
 
 
 def _run_missing(runs, task, data, folder, scheduler, raise_if_interrupted):
