@@ -456,8 +456,7 @@ def plot_styles(z_mean, digits, *, title=None):
     centred = np.pad(z_mean - np.mean(z_mean, axis=0), [(0, 2), (0, 0)])  # two more, of nothing
     _, spreads, directions = np.linalg.svd(centred, full_matrices=False)
     shares = spreads**2 / max(np.sum(spreads**2), 1e-9)
-    figure = Figure(figsize=(5.2, 4.6), layout="constrained")
-    ax = figure.subplots()
+    ax = Figure(figsize=(5.2, 4.6), layout="constrained").subplots()
     for digit in range(DIGITS):
         x, y = directions[:2] @ centred[:-2][np.equal(digits, digit)].T
         ax.scatter(x, y, 28, f"C{digit}", marker=f"${digit}$", alpha=0.9, linewidths=0)
@@ -465,7 +464,7 @@ def plot_styles(z_mean, digits, *, title=None):
     ax.set_ylabel(f"second principal component ({shares[1]:.0%})")
     ax.set_aspect("equal")
     ax.set_title(title, fontsize="medium")
-    return figure
+    return ax.figure
 
 
 @in_plain_style
