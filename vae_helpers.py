@@ -118,11 +118,10 @@ def check_hyperparameters(names, image_count=None):
     if {keras.config.floatx(), keras.config.dtype_policy().name} != {"float32"}:
         message = "Keras must compute in float32: keras.config.set_floatx('float32'); "
         raise ValueError(message + "keras.config.set_dtype_policy('float32')")
-    batch_size = int, Field(gt=0, le=image_count, description="the number of training images")
+    limit = Field(gt=0, le=image_count, description="the number of training images")
     likelihood = Literal[*names["likelihoods"]] if "likelihoods" in names else str
-    model = pydantic.create_model(
-        "Checked", __base__=Hyperparameters, batch_size=batch_size, likelihood=likelihood
-    )
+    limited = {"batch_size": (int, limit), "likelihood": likelihood}
+    model = pydantic.create_model("Checked", __base__=Hyperparameters, **limited)
     cells = [set(re.findall(r"^(\w+) *=(?!=)", cell, re.M)) for cell in names.get("In", [])]
     assigned = [cell for cell in cells if {"data_path", "seed"} <= cell]
     known = model.model_fields.keys() | (assigned[-1] if assigned else set())
