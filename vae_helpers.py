@@ -187,10 +187,8 @@ def load_mnist(path=None):
 
 def _download(url, *args):
     """Download for pooch, unless the host or the look-up of its name is silent."""
-    pool = ThreadPool(1)
-    answer = pool.apply_async(requests.head, [url])
-    pool.close()
-    answer.get(PATIENCE)
+    with ThreadPool(1) as pool:  # which leaves a look-up that goes on alone
+        pool.apply_async(requests.head, [url]).get(PATIENCE)
     pooch.HTTPDownloader(timeout=PATIENCE, progressbar=True)(url, *args)
 
 
