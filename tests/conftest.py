@@ -1,10 +1,13 @@
 """What the tests share: small real data, and the notebook run here or in a real kernel."""
 
 import base64
+import copy
 import gc
 import os
 import pickle
+import shutil
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -14,6 +17,8 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from nbclient import NotebookClient
+from nbconvert.preprocessors import ClearOutputPreprocessor
+from nbformat.v4 import new_code_cell, new_output
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -25,13 +30,6 @@ RESULT_CELLS = CODE_CELLS[CODE_CELLS.index("train") + 1 :]
 
 # Settings with which the notebook trains in seconds.
 SMALL = {"epochs": 3, "batch_size": 50, "hidden_layers": [64], "z_dim": 4, "learning_rate": 0.01}
-TINY = {**SMALL, "epochs": 2, "hidden_layers": [32], "batch_size": 60}
-
-# The basics first, so that a broken one is known at once; real kernels and browsers last.
-ORDER = [
-    "settings", "figures", "losses", "data", "handwriting", "results", "reruns", "kernels",
-    "compare", "whole_runs", "frontends",
-]  # fmt: skip
 
 
 def pytest_configure():
@@ -43,9 +41,9 @@ def pytest_configure():
 
 
 def pytest_collection_modifyitems(items):
-    """Run the files of tests in the order of ORDER."""
-    names = [f"test_{name}" for name in ORDER]
-    items.sort(key=lambda item: names.index(item.module.__name__))
+    """Run the basics first, so that a broken one is known at once; kernels and browsers last."""
+    order = "settings figures losses data handwriting results reruns kernels compare frontends"
+    items.sort(key=lambda item: order.split().index(item.path.stem.split("_")[1]))
 
 
 def cell_source(notebook, cell_id):
@@ -54,65 +52,44 @@ def cell_source(notebook, cell_id):
     return cell.source
 
 
-def notebook_with(folder, **parameters):
-    """Write the notebook with these parameters and its helper into a folder; return its path."""
-    notebook = nbformat.from_dict(NOTEBOOK)
-    for cell in notebook.cells:
-        cell.update({"outputs": [], "execution_count": None} if cell.cell_type == "code" else {})
-    (cell,) = [cell for cell in notebook.cells if cell.id == "parameters"]
-    lines = [f"{name} = {value!r}" for name, value in parameters.items()]
-    cell.source = "\n".join([cell_source(NOTEBOOK, "parameters"), *lines])
-    (folder / "vae_helpers.py").write_text((ROOT / "vae_helpers.py").read_text())
-    nbformat.write(notebook, folder / "vae2.ipynb")
-    return folder / "vae2.ipynb"
+def assignments(parameters):
+    """Return the source of a cell that assigns these parameters."""
+    return "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
 
 
-class Runner:
-    """The notebook, run cell by cell: what `Kernel` and `Notebook` have in common."""
+class Notebook:
+    """The notebook, run cell by cell in this process, which has TensorFlow already.
 
-    def __init__(self):
-        self.notebook = nbformat.read(ROOT / "vae2.ipynb", as_version=4)
-        for cell in self.notebook.cells:
-            cell.update({"outputs": []} if cell.cell_type == "code" else {})
-
-    def index(self, cell_id):
-        """Return the position of the cell with this id."""
-        return [cell["id"] for cell in self.notebook.cells].index(cell_id)
-
-    def cell(self, cell_id):
-        """Return the cell with this id."""
-        return self.notebook.cells[self.index(cell_id)]
-
-    def execute(self, source):
-        """Run source in a new cell at the notebook's end and return that cell."""
-        self.notebook.cells.append(nbformat.v4.new_code_cell(source))
-        return self.execute_cell(self.notebook.cells[-1], len(self.notebook.cells) - 1)
-
-    def run(self, first="setup", last=None, **parameters):
-        """Run the cells from `first` to `last`, with parameters set after the parameters cell."""
-        end = self.index(CODE_CELLS[-1] if last is None else last) + 1
-        for index in range(self.index(first), end):
-            cell = self.notebook.cells[index]
-            if cell.cell_type == "code":
-                self.execute_cell(cell, index)
-            if "parameters" in cell.metadata.get("tags", []):
-                self.execute("\n".join(f"{name} = {value!r}" for name, value in parameters.items()))
-        return self
-
-
-class Notebook(Runner):
-    """The notebook in this process, which has TensorFlow already, in a namespace of its own.
-
-    Args:
-        pictures: whether the figures that cells show are made into pictures.
+    It has a namespace of its own; figures that cells show are made into pictures if asked for.
     """
 
     def __init__(self, *, pictures=True):
-        super().__init__()
+        self.notebook = copy.deepcopy(NOTEBOOK)
+        ClearOutputPreprocessor().preprocess(self.notebook, {})
         self.module = types.ModuleType("__main__")
         self._pictures = pictures
         gc.collect()
         gc.freeze()  # `report_epoch` collects anew: only what this notebook adds, to be fast
+
+    def cell(self, cell_id):
+        """Return the cell with this id."""
+        (cell,) = [cell for cell in self.notebook.cells if cell["id"] == cell_id]
+        return cell
+
+    def execute(self, source):
+        """Run source in a cell that is at the notebook's end for as long; return that cell."""
+        self.notebook.cells.append(new_code_cell(source))
+        self.execute_cell(self.notebook.cells[-1], len(self.notebook.cells) - 1)
+        return self.notebook.cells.pop()
+
+    def run(self, first="setup", last=CODE_CELLS[-1], **parameters):
+        """Run the cells from `first` to `last`, with parameters set after the parameters cell."""
+        for cell_id in CODE_CELLS[CODE_CELLS.index(first) : CODE_CELLS.index(last) + 1]:
+            cell = self.cell(cell_id)
+            self.execute_cell(cell, self.notebook.cells.index(cell))
+            if cell_id == "parameters":
+                self.execute(assignments(parameters))
+        return self
 
     def execute_cell(self, cell, _):
         """Run a cell, keep its outputs and return it."""
@@ -123,18 +100,16 @@ class Notebook(Runner):
         shell.display_formatter.formatters["image/png"].enabled = self._pictures
         with capture_output() as captured:
             result = shell.run_cell(cell.source, store_history=True)
-        cell.outputs = []
-        for name in ("stdout", "stderr"):
-            if text := getattr(captured, name):
-                cell.outputs.append(nbformat.v4.new_output("stream", name=name, text=text))
+        streams = {"stdout": captured.stdout, "stderr": captured.stderr}
+        cell.outputs = [new_output("stream", name=n, text=x) for n, x in streams.items() if x]
         for output in captured.outputs:
             if output.update:
                 cell.outputs.pop()
-            cell.outputs.append(nbformat.v4.new_output("display_data", output.data))
+            cell.outputs.append(new_output("display_data", output.data))
         result.raise_error()
         if result.result is not None:
             data, _ = shell.display_formatter.format(result.result)
-            cell.outputs.append(nbformat.v4.new_output("execute_result", data))
+            cell.outputs.append(new_output("execute_result", data))
         return cell
 
     def fetch(self, expression, **names):
@@ -143,29 +118,18 @@ class Notebook(Runner):
         return eval(expression, vars(self.module))
 
 
-class Kernel(Runner):
-    """The notebook in a kernel of its own.
-
-    Args:
-        folder: the kernel's working folder; the notebook's own by default.
-        env: environment variables of the kernel beside the present ones.
-    """
+class Kernel(Notebook):
+    """The notebook in a kernel of its own, started in a folder with `env` beside our variables."""
 
     def __init__(self, folder=ROOT, **env):
         super().__init__()
-        self.client = NotebookClient(
-            self.notebook,
-            timeout=600,
-            kernel_name="python3",
-            resources={"metadata": {"path": str(folder)}},
-        )
+        self.client = NotebookClient(self.notebook, timeout=600)
         self.execute_cell = self.client.execute_cell
-        self._env = env
+        env = {**os.environ, **env}
+        env.pop("PYTEST_CURRENT_TEST", None)  # with it, ipykernel would not show what C++ writes
+        self._setup = self.client.setup_kernel(cwd=str(folder), env=env)
 
     def __enter__(self):
-        env = {**os.environ, **self._env}
-        env.pop("PYTEST_CURRENT_TEST", None)  # with it, ipykernel would not show what C++ writes
-        self._setup = self.client.setup_kernel(env=env)
         self._setup.__enter__()
         return self
 
@@ -174,13 +138,27 @@ class Kernel(Runner):
 
     def fetch(self, expression, **names):
         """Give the kernel these names and return the value of an expression there."""
-        sent = base64.b64encode(pickle.dumps(names)).decode()
-        cell = self.execute(
-            "import base64, pickle\n"
-            f"globals().update(pickle.loads(base64.b64decode({sent!r})))\n"
-            f"print(base64.b64encode(pickle.dumps(({expression}))).decode())"
-        )
-        return pickle.loads(base64.b64decode(printed(cell)))
+        source = f"import pickle\nglobals().update(pickle.loads({pickle.dumps(names)!r}))\n"
+        cell = self.execute(f"{source}print(pickle.dumps(({expression})).hex())")
+        return pickle.loads(bytes.fromhex(printed(cell)))
+
+
+def notebook_with(folder, **parameters):
+    """Write the notebook with these parameters and its helper into a folder; return its path."""
+    written, path = Notebook(), folder / "vae2.ipynb"
+    written.cell("parameters").source += f"\n{assignments(parameters)}"
+    nbformat.write(written.notebook, path)
+    shutil.copy(ROOT / "vae_helpers.py", folder)
+    return path
+
+
+def trained(notebook):
+    """Return what training leaves, its arrays as hashes: equal if it is the same bit for bit."""
+    weights = "[weight for network in networks for weight in network.get_weights()]"
+    history, samples, weights = notebook.fetch(f"(history, samples, {weights})")
+    assert {len(values) for values in history.values()} == {len(samples)}
+    arrays = [(array.shape, hash(array.tobytes())) for array in (samples, *weights)]
+    return {**history, "seconds": None, "arrays": arrays}
 
 
 def printed(cell):
@@ -194,13 +172,19 @@ def pictures(cell):
     return [base64.b64decode(p) if isinstance(p, str) else p for p in shown if p]
 
 
+def wait_for(condition, seconds=300):
+    """Return a condition's value as soon as it is true."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+    return value
+
+
 @pytest.fixture(scope="session")
 def mnist():
     """Return the path of a real mnist.npz, which the environment variable MNIST_PATH names."""
-    path = os.environ.get("MNIST_PATH")
-    if not path:
-        pytest.skip("MNIST_PATH names no mnist.npz")
-    return path
+    return os.environ.get("MNIST_PATH") or pytest.skip("MNIST_PATH names no mnist.npz")
 
 
 @pytest.fixture(scope="session")
@@ -225,12 +209,12 @@ def small_npz(small_arrays, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(small_arrays, tmp_path_factory):
-    """Return settings for runs whose size is not the point: TINY, on 600 and 100 images."""
+    """Return settings for runs whose size is not the point, on 600 and 100 images."""
     path = tmp_path_factory.mktemp("data") / "tiny.npz"
-    sizes = {"train": 600, "test": 100}
-    tiny_arrays = {name: a[: sizes[name.split("_")[1]]] for name, a in small_arrays.items()}
-    np.savez_compressed(path, **tiny_arrays)
-    return {**TINY, "data_path": str(path)}
+    few = {name: a[: 600 if "train" in name else 100] for name, a in small_arrays.items()}
+    np.savez_compressed(path, **few)
+    fewer = {"epochs": 2, "hidden_layers": [32], "batch_size": 60}
+    return {**SMALL, **fewer, "data_path": str(path)}
 
 
 @pytest.fixture(scope="session")
