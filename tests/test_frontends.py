@@ -24,6 +24,7 @@ FIGURES = [cell.id for cell in NOTEBOOK.cells if cell.cell_type == "code" and pi
 ERROR = "[data-mime-type='application/vnd.jupyter.error']"
 IDLE = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
 MINUTES = 300_000  # for what a busy machine may take long to do, in milliseconds
+expect.set_options(timeout=MINUTES)
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine")
 
 
@@ -55,7 +56,7 @@ def page():
         options = ["--no-sandbox", "--disable-gpu", "--disable-quic"]
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(MINUTES)
         errors = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda said: said.type == "error" and errors.append(said.text))
@@ -90,11 +91,11 @@ def run_all(page):
     raise AssertionError("no cell is run")
 
 
-def expect_change(image, act=lambda: None, timeout=5000):
+def expect_change(image, act=lambda: None):
     """Do something and wait until an image on the page is another one."""
-    before = image.get_attribute("src", timeout=MINUTES)
+    before = image.get_attribute("src")
     act()
-    expect(image).not_to_have_attribute("src", before, timeout=timeout)
+    expect(image).not_to_have_attribute("src", before)
 
 
 @pytest.mark.parametrize("front_end", ["lab/tree", "notebooks"])  # JupyterLab and Notebook 7
@@ -106,8 +107,8 @@ def test_a_person_runs_the_notebook_and_plays(front_end, server, page):
     # The digit grid is seen to grow in its place, and all figures are there in the end.
     results = cell(page, "train").locator(".jp-OutputArea-output")
     for _ in range(2):
-        expect_change(results.locator("img").first, timeout=MINUTES)
-    expect(last_prompt).to_have_text(f"[{len(CODE_CELLS)}]:", timeout=MINUTES)
+        expect_change(results.locator("img").first)
+    expect(last_prompt).to_have_text(f"[{len(CODE_CELLS)}]:")
     expect(page.locator(ERROR)).to_have_count(0)
     for figure in FIGURES:
         expect(cell(page, figure).locator(".jp-RenderedImage img")).to_have_count(1)
@@ -132,7 +133,7 @@ def test_a_person_runs_the_notebook_and_plays(front_end, server, page):
     page.keyboard.type("\nepochs = 4")
     run_menu(page, "Run Selected Cell and All Below")
     expect(last_prompt).to_have_text("[*]:")
-    expect(last_prompt).to_have_text(f"[{2 * len(CODE_CELLS) - 1}]:", timeout=MINUTES)
+    expect(last_prompt).to_have_text(f"[{2 * len(CODE_CELLS) - 1}]:")
     expect(results.last).to_contain_text("epoch  4/4")
     expect(results.last).not_to_contain_text("/12")
     expect(page.locator(f"{ERROR}, .Toastify__toast--error")).to_have_count(0)
