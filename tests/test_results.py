@@ -1,7 +1,6 @@
 """What the notebook holds and shows after Run All, section by section."""
 
 import io
-import os
 import re
 import resource
 
@@ -19,14 +18,17 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def test_run_all_leaves_what_other_programs_rely_on(notebook, small_arrays):
-    images = small_arrays["x_test"][:7].reshape(-1, 784) / 255
-    z_mean, z_log_var, digit_probs = notebook.fetch("infer(images)", images=images)
-    assert z_mean.shape == z_log_var.shape == (7, SMALL["z_dim"])
-    assert digit_probs.shape == (7, 10)
+    images = small_arrays["x_train"][:2500].reshape(-1, 784) / 255  # too many to take at once
+    z_mean, _, digit_probs = inferred = notebook.fetch("infer(images)", images=images)
     np.testing.assert_allclose(digit_probs.sum(axis=1), 1, rtol=1e-5)
     generated = notebook.fetch("generate(z, digit_probs)", z=z_mean, digit_probs=digit_probs)
-    assert generated.shape == (7, 784)
-    assert generated.dtype == z_mean.dtype == z_log_var.dtype == digit_probs.dtype == np.float32
+    widths = [SMALL["z_dim"], SMALL["z_dim"], 10, 784]
+    assert [array.shape for array in (*inferred, generated)] == [(2500, width) for width in widths]
+    some = [0, 999, 1000, 2499]
+    ends = notebook.fetch("infer(images)", images=images[some])
+    for array, rows in zip(inferred, ends, strict=True):
+        np.testing.assert_allclose(array[some], rows, atol=1e-4)
+    assert {array.dtype for array in (*inferred, *ends, generated)} == {np.dtype(np.float32)}
     assert 0 <= generated.min() <= generated.max() <= 1
     for network in notebook.fetch("encoder, decoder, digit_classifier"):
         assert isinstance(network, keras.Model)
@@ -34,31 +36,7 @@ def test_run_all_leaves_what_other_programs_rely_on(notebook, small_arrays):
     assert samples.shape == (SMALL["epochs"], 10, 784)
     assert 0 <= samples.min() <= samples.max() <= 1
     assert len(np.unique(samples.reshape(-1, 784), axis=0)) == SMALL["epochs"] * 10
-
-
-def test_losses_decrease(notebook):
-    history = notebook.fetch("history")
-    for name in ("vae_loss", "classification_loss", "test_vae_loss", "test_classification_loss"):
-        assert len(history[name]) == SMALL["epochs"]
-        assert np.all(np.diff(history[name]) < 0), name
-    assert len(history["seconds"]) == len(history["test_accuracy"]) == SMALL["epochs"]
-    assert min(history["seconds"]) > 0
-    assert history["test_accuracy"][-1] > 0.8
-
-
-def test_one_figure_and_a_line_for_each_epoch(notebook):
-    cell = notebook.cell("train")
-    assert len(pictures(cell)) == 1
-    kinds = {output.output_type for output in cell.outputs}
-    assert kinds == {"stream", "display_data"}  # and no value of the last line
-    progress = [line for line in printed(cell).splitlines() if line.startswith("epoch")]
-    assert len(progress) == SMALL["epochs"]
-    for line in progress:
-        measures = r"VAE loss \d+\.\d .*classification loss \d.* accuracy \d+\.\d+%  \d+\.\d s"
-        assert re.search(measures, line)
-
-
-def test_one_hand_writes_all_digits_in_its_style(notebook):
+    # One hand writes all digits in its style.
     z = np.random.default_rng(0).normal(size=[3, SMALL["z_dim"]])
     images = notebook.fetch("generate_all_digits(z)", z=z)
     assert images.shape == (3, 10, 784)
@@ -66,13 +44,19 @@ def test_one_hand_writes_all_digits_in_its_style(notebook):
     np.testing.assert_allclose(images[2, 7], one[0], atol=1e-5)
 
 
-def test_large_inputs_are_taken_in_parts(notebook, small_arrays):
-    images = small_arrays["x_train"][:2500].reshape(-1, 784) / 255
-    whole = notebook.fetch("infer(images)", images=images)
-    ends = notebook.fetch("infer(images)", images=images[[0, 999, 1000, 2499]])
-    for array, rows in zip(whole, ends, strict=True):
-        assert len(array) == 2500
-        np.testing.assert_allclose(array[[0, 999, 1000, 2499]], rows, atol=1e-4)
+def test_losses_decrease_beside_one_figure_and_a_line_for_each_epoch(notebook):
+    history = notebook.fetch("history")
+    for name in ("vae_loss", "classification_loss", "test_vae_loss", "test_classification_loss"):
+        assert np.all(np.diff(history[name]) < 0), name
+    assert {len(values) for values in history.values()} == {SMALL["epochs"]}
+    assert min(history["seconds"]) > 0
+    assert history["test_accuracy"][-1] > 0.8
+    cell = notebook.cell("train")
+    assert len(pictures(cell)) == 1
+    assert {output.output_type for output in cell.outputs} == {"stream", "display_data"}  # no value
+    progress = re.findall("^epoch.*", printed(cell), re.MULTILINE)
+    measures = r"VAE loss \d+\.\d .*classification loss \d.* accuracy \d+\.\d+%  \d+\.\d s"
+    assert [bool(re.search(measures, line)) for line in progress] == [True] * SMALL["epochs"]
 
 
 def test_traversal_varies_one_dimension_a_row(notebook):
@@ -80,8 +64,7 @@ def test_traversal_varies_one_dimension_a_row(notebook):
     dimension_kl, order = map(np.asarray, notebook.fetch("(dimension_kl, dimensions)"))
     images = notebook.fetch("traversed_images").reshape(z_dim, 11, 784)
     for row, dimension in zip(images, order, strict=True):
-        z = np.zeros([3, z_dim])
-        z[:, dimension] = [-2.5, 0, 2.5]
+        z = np.outer([-2.5, 0, 2.5], np.eye(z_dim)[dimension])
         expected = notebook.fetch("generate(z, np.eye(10)[[3, 3, 3]])", z=z)
         np.testing.assert_allclose(row[[0, 5, 10]], expected, atol=1e-5)
     assert np.all(np.diff(dimension_kl[order]) <= 0)
@@ -95,8 +78,7 @@ def test_two_dimensions_of_z_are_shown_as_their_plane(tiny):
     corners = np.array([[-2.5, 2.5], [2.5, 2.5], [-2.5, -2.5], [0, 0]])  # z[1] grows upwards
     expected = flat.fetch("generate(z, np.eye(10)[[3] * 4])", z=corners)
     np.testing.assert_allclose(images[[0, 0, 10, 5], [0, 10, 0, 5]], expected, atol=1e-5)
-    (picture,) = pictures(flat.cell("traversals"))
-    assert picture
+    assert len(pictures(flat.cell("traversals"))) == 1
 
 
 def test_the_probe_finds_what_there_is_to_find(notebook, monkeypatch):
@@ -116,10 +98,9 @@ def test_the_probe_finds_what_there_is_to_find(notebook, monkeypatch):
     notebook.run("styles", "styles")
 
 
-def test_the_judge_reads_and_is_counted_right(notebook):
-    accuracy, asked, asked_digits, (read, read_asked) = notebook.fetch(
-        "judge_accuracy, asked_digit_accuracy, asked_digits, judged"
-    )
+def test_the_judge_is_counted_right_and_the_images_shown_are_read_least_surely(notebook):
+    names = "judge_accuracy, asked_digit_accuracy, asked_digits, judged"
+    accuracy, asked, asked_digits, (read, read_asked) = notebook.fetch(names)
     assert accuracy == np.mean(read == notebook.fetch("test_digits")) > 0.8
     assert len(read_asked) == 10_000
     assert np.bincount(asked_digits).tolist() == [1000] * 10
@@ -127,14 +108,10 @@ def test_the_judge_reads_and_is_counted_right(notebook):
     images = "generate(asked_styles[:20], np.eye(10)[asked_digits[:20]])"
     judged = notebook.fetch(f"judge.predict(255 * {images}).argmax(axis=1)")
     np.testing.assert_array_equal(judged, read_asked[:20])
-
-
-def test_the_test_images_shown_are_those_read_least_surely(notebook):
     unsure, probs = notebook.fetch("unsure, test_digit_probs")
     assert len(unsure) == 10
     assert probs.max(axis=1)[unsure].max() <= np.sort(probs.max(axis=1))[9]
-    (figure,) = [o for o in notebook.cell("infer").outputs if "data" in o]
-    assert "image/png" in figure.data
+    assert ["image/png" in o.data for o in notebook.cell("infer").outputs if "data" in o] == [True]
 
 
 def test_the_closing_numbers_are_of_this_run(notebook):
@@ -190,9 +167,8 @@ def test_widgets_redraw_the_digits(notebook):
         return matplotlib.image.imread(io.BytesIO(notebook.fetch(f"bytes({name}.value)")))[..., 0]
 
     def expected():
-        z = np.zeros([1, SMALL["z_dim"]])
-        used, values = notebook.fetch("used, [slider.value for slider in sliders]")
-        z[0, used] = values
+        values = notebook.fetch("[slider.value for slider in sliders]")
+        z = np.dot([values], np.eye(SMALL["z_dim"])[used])
         return 1 - notebook.fetch("generate_all_digits(z)", z=z)[0].reshape(10, 28, 28)
 
     used, dimensions, dimension_kl = notebook.fetch("used, dimensions, dimension_kl")
@@ -220,28 +196,28 @@ def keep(notebook, folder):
     notebook.run("keep", "keep")
 
 
-def test_what_is_kept_is_whole_and_what_was_trained_with(notebook, tmp_path):
+def test_what_is_kept_is_whole_and_what_was_trained_with_and_nothing_by_default(notebook, tmp_path):
     trained_with = notebook.fetch("hyperparameters")
     # A later change of the cell of hyperparameters decides only where it is kept.
     changed = {"z_dim": 20, "epochs": 7, "seed": 9, "likelihood": "bernoulli"}
-    data_path = trained_with["data_path"]
-    notebook.run("parameters", "check", **{**SMALL, **changed, "data_path": data_path})
+    notebook.run("parameters", "check", **trained_with | changed)
     keep(notebook, tmp_path)
     kept = vae_helpers.load_run(tmp_path)
-    notebook.run("parameters", "check", **SMALL, data_path=data_path)
+    notebook.run("parameters", "check", **SMALL, data_path=trained_with["data_path"])
+    notebook.run("keep", "load")
+    assert printed(notebook.cell("keep")) == "output_dir is None: nothing is kept\n"
     assert kept.hyperparameters == trained_with
-    assert kept.history == notebook.fetch("history")
-    assert kept.results == notebook.fetch("results")
+    assert (kept.history, kept.results) == notebook.fetch("(history, results)")
     np.testing.assert_array_equal(kept.samples, notebook.fetch("samples"))
     for name in ("encoder", "digit_classifier", "decoder"):
         weights = notebook.fetch(f"{name}.get_weights()")
-        for ours, theirs in zip(getattr(kept, name).get_weights(), weights, strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_equal(getattr(kept, name).get_weights(), weights)
 
 
-def test_a_full_disk_is_named_and_harms_no_earlier_run(notebook, tmp_path):
+def test_a_full_disk_harms_no_earlier_run_and_a_damaged_file_is_named(notebook, tmp_path):
     keep(notebook, tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
     # No file may grow beyond 10,000 bytes: as on a full disk, writing fails in the middle.
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
@@ -250,10 +226,13 @@ def test_a_full_disk_is_named_and_harms_no_earlier_run(notebook, tmp_path):
             keep(notebook, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert len(notebook.fetch("samples")) == SMALL["epochs"]
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == {path: whole}
     keep(notebook, tmp_path)  # what was trained is still in memory
     assert len(vae_helpers.load_run(tmp_path).samples) == SMALL["epochs"]
+    for share in (0, 0.5, 0.999):
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(ValueError, match=f"{path.name}: not a "):
+            vae_helpers.load_run(tmp_path)
 
 
 @pytest.mark.parametrize("folder", ["/proc/nowhere", "/dev/null", "a\0b", "x" * 300])
@@ -262,24 +241,8 @@ def test_a_folder_that_cannot_be_is_named(folder, notebook):
         keep(notebook, folder)
 
 
-@pytest.mark.parametrize("share", [0, 0.5, 0.999])
-def test_a_damaged_file_is_named(share, notebook, tmp_path):
-    keep(notebook, tmp_path)
-    (path,) = tmp_path.iterdir()
-    os.truncate(path, int(share * path.stat().st_size))
-    with pytest.raises(ValueError, match=f"{path.name}: not a "):
-        vae_helpers.load_run(tmp_path)
-
-
-def test_nothing_is_kept_by_default(notebook, small_npz):
-    notebook.run("parameters", "check", **SMALL, data_path=str(small_npz))
-    notebook.run("keep", "load")
-    assert printed(notebook.cell("keep")) == "output_dir is None: nothing is kept\n"
-
-
-def test_committed_outputs_are_of_one_clean_run_on_mnist():
-    counts = [cell.execution_count for cell in CODE.values()]
-    assert counts == list(range(1, len(CODE) + 1))
+def test_committed_outputs_are_of_one_clean_run_on_mnist_and_its_grid_is_in_the_readme():
+    assert [cell.execution_count for cell in CODE.values()] == [*range(1, len(CODE) + 1)]
     assert NOTEBOOK.metadata.kernelspec.name == "python3"
     outputs = [output for cell in CODE.values() for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
@@ -295,6 +258,8 @@ def test_committed_outputs_are_of_one_clean_run_on_mnist():
     assert printed(CODE["data"]).startswith("MNIST: 60,000 training and 10,000 test images")
     assert len(re.findall(r"^epoch", printed(CODE["train"]), re.MULTILINE)) == 20
     assert CODE["published"].outputs[0].data["text/html"].count("<tr>") == 5
+    assert pictures(CODE["train"]) == [(ROOT / ".github" / "digit-grid.png").read_bytes()]
+    assert ".github/digit-grid.png" in (ROOT / "README.md").read_text()
 
 
 def test_the_notebook_is_small_enough_to_read():
@@ -312,11 +277,6 @@ def test_the_notebook_is_small_enough_to_read():
     assert sum(line.startswith("def ") for line in core_lines) <= 10
     assert len(NOTEBOOK.cells) <= 60
     assert sum(map(len, lines.values())) <= 350
-
-
-def test_readme_shows_the_committed_digit_grid():
-    assert pictures(CODE["train"]) == [(ROOT / ".github" / "digit-grid.png").read_bytes()]
-    assert ".github/digit-grid.png" in (ROOT / "README.md").read_text()
 
 
 def test_the_home_is_found_in_a_folder(tmp_path, monkeypatch):
