@@ -8,11 +8,10 @@ from IPython.core.pylabtools import print_figure
 import vae_helpers
 
 
-def test_digit_grid_tiles_the_images():
+def test_digit_grid_tiles_images_of_its_shape_alone():
     images = np.linspace(0, 1, 2 * 3 * 784).reshape(2, 3, 784)
-    figure = vae_helpers.plot_digit_grid(
-        images, row_labels=["one", "two"], column_labels="abc", title="Grid"
-    )
+    labels = {"row_labels": ["one", "two"], "column_labels": "abc"}
+    figure = vae_helpers.plot_digit_grid(images, **labels, title="Grid")
     (ax,) = figure.axes
     tiled = ax.images[0].get_array()
     assert tiled.shape == (56, 84)
@@ -22,9 +21,6 @@ def test_digit_grid_tiles_the_images():
     assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b", "c"]
     assert ax.get_title() == "Grid"
     assert vae_helpers.plot_digit_grid(images[:1], column_labels="abc", ax=ax) is figure
-
-
-def test_digit_grid_refuses_other_shapes():
     with pytest.raises(ValueError, match=r"rows, columns, 784"):
         vae_helpers.plot_digit_grid(np.zeros([10, 784]))
     with pytest.raises(ValueError, match="label"):
@@ -52,8 +48,7 @@ def test_confusions_are_in_per_cent_of_each_row_and_errors_are_coloured():
     assert one[1, 1] == one[9, 8] == 100
     assert one.sum() == 300  # rows without any are 0
     assert two[1].tolist() == [50, 50, 0, 0, 0, 0, 0, 0, 0, 0]
-    coloured = figure.axes[0].images[0].get_array()
-    assert np.argwhere(coloured).tolist() == [[0, 1], [9, 8]]
+    assert np.argwhere(figure.axes[0].images[0].get_array()).tolist() == [[0, 1], [9, 8]]  # colour
     assert [ax.get_title() for ax in figure.axes] == ["66.67% read right"] * 2
     assert [ax.get_ylabel() for ax in figure.axes] == ["true", "asked for"]
 
@@ -64,13 +59,12 @@ def test_a_grid_of_any_number_of_epochs_is_soon_drawn_and_small(epochs):
     for finished in {0, 1, epochs // 2, epochs}:
         samples = np.zeros([epochs, 10, 784], np.float32)  # blank where an epoch is to come
         samples[:finished] = random.random([finished, 10, 784], np.float32) ** 3
-        figure = vae_helpers.plot_samples(samples[:finished], epochs, "noise")
-        labels = figure.axes[0].get_yticklabels()
-        shown = [int(label.get_text().removeprefix("epoch ")) for label in labels]
+        ax = vae_helpers.plot_samples(samples[:finished], epochs, "noise").axes[0]
+        shown = [int(label.get_text().removeprefix("epoch ")) for label in ax.get_yticklabels()]
         assert len(shown) == min(epochs, 40)
         assert shown == sorted(set(shown))
         assert {*range(max(1, finished - 9), finished + 1)} <= {*shown}  # the last ten
-        tiled = figure.axes[0].images[0].get_array().reshape(len(shown), 28, 10, 28)
+        tiled = ax.images[0].get_array().reshape(len(shown), 28, 10, 28)
         tiles = tiled.swapaxes(1, 2).reshape(-1, 10, 784)
         np.testing.assert_array_equal(tiles, samples[np.subtract(shown, 1)])
 
@@ -105,7 +99,6 @@ def test_styles_are_drawn_by_principal_components():
     ax = vae_helpers.plot_styles(z_mean, digits, title="Styles").axes[0]
     assert len(ax.collections) == 10
     drawn = ax.collections[4].get_offsets()
-    assert len(drawn) == np.sum(digits == 4)
     # The first two dimensions have nearly all the variance, so they are the plane but for signs.
     expected = (z_mean - z_mean.mean(axis=0))[digits == 4, :2]
     np.testing.assert_allclose(np.abs(drawn), np.abs(expected), atol=0.6)
