@@ -23,9 +23,9 @@ def test_kl_loss_is_that_of_a_monte_carlo_estimate(notebook):
     assert np.all(np.abs(kl - log_ratio.mean(axis=0)) < 4 * standard_error)
 
 
-def test_reconstruction_loss_is_a_negative_log_density_or_the_cross_entropy_of_grey(notebook):
-    names = notebook.module
-    x, p = np.random.default_rng(0).uniform(size=[2, 6, 784]).astype(np.float32)
+def test_losses_are_a_negative_log_density_and_cross_entropies_of_grey_and_of_digits(notebook):
+    names, random = notebook.module, np.random.default_rng(0)
+    x, p = random.uniform(size=[2, 6, 784]).astype(np.float32)
     assert names.reconstruction_loss is names.gaussian_loss
     expected = -scipy.stats.norm.logpdf(x, p, names.decoder_std).sum(axis=1)
     np.testing.assert_allclose(names.reconstruction_loss(x, p), expected, rtol=1e-4)
@@ -33,48 +33,31 @@ def test_reconstruction_loss_is_a_negative_log_density_or_the_cross_entropy_of_g
     np.testing.assert_allclose(names.bernoulli_loss(x, p), expected, rtol=1e-5)
     (surely_wrong,) = names.bernoulli_loss(tf.ones([1, 784]), tf.zeros([1, 784])).numpy()
     assert surely_wrong == pytest.approx(784 * np.log(1e6), rel=1e-4)
-
-
-def test_classification_loss_is_the_cross_entropy(notebook):
-    logits = np.random.default_rng(0).normal(size=[6, 10]).astype(np.float32)
-    digits = np.arange(6)
+    logits, digits = random.normal(size=[6, 10]).astype(np.float32), np.arange(6)
     expected = scipy.special.logsumexp(logits, axis=1) - logits[digits, digits]
-    loss = notebook.module.classification_loss(digits, logits)
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(names.classification_loss(digits, logits), expected, rtol=1e-5)
 
 
-def test_whom_the_losses_train(notebook, monkeypatch):
+def test_whom_the_losses_train_and_that_keys_decide_their_noise(notebook, monkeypatch):
     names = notebook.module
     networks = names.encoder, names.decoder, names.digit_classifier
     x, digits = tf.constant(names.test_images[:20]), names.test_digits[:20]
 
-    def gradient_norms(loss):
+    def trained(loss):
         with tf.GradientTape() as tape:
             value = loss()
         gradients = tape.gradient(value, [network.trainable_variables for network in networks])
-        return [sum(float(tf.norm(g)) for g in group if g is not None) for group in gradients]
+        return [np.sign(sum(tf.norm(g) for g in group if g is not None)) for group in gradients]
 
     def vae_loss():
         return tf.reduce_mean(names.model_losses(x, digits, [0, 0])["vae_loss"])
 
-    encoder, decoder, classifier = gradient_norms(vae_loss)
-    assert encoder > 0
-    assert decoder > 0
-    assert classifier == 0  # stop_gradient
-    encoder, decoder, classifier = gradient_norms(lambda: names.asked_digit_loss([0, 1]))
-    assert decoder > 0
-    assert encoder == classifier == 0
+    assert trained(vae_loss) == [1, 1, 0]  # stop_gradient
+    assert trained(lambda: names.asked_digit_loss([0, 1])) == [0, 1, 0]
     monkeypatch.setattr(names, "stop_gradient", False)
-    assert gradient_norms(vae_loss)[2] > 0
-
-
-def test_the_same_key_gives_the_same_noise_and_another_one_other_noise(notebook):
-    names = notebook.module
-    x, digits = tf.constant(names.test_images[:20]), names.test_digits[:20]
-    one, same, other = (
-        names.model_losses(x, digits, key, training=True)["vae_loss"].numpy()
-        for key in ([0, 1], [0, 1], [0, 2])
-    )
+    assert trained(vae_loss) == [1, 1, 1]
+    losses = [names.model_losses(x, digits, [0, key], training=True) for key in (1, 1, 2)]
+    one, same, other = (loss["vae_loss"].numpy() for loss in losses)
     np.testing.assert_array_equal(one, same)
     assert np.all(one != other)
 
@@ -98,7 +81,6 @@ def test_a_step_is_as_long_as_the_gradient_or_for_each_unit_the_clip_norm(notebo
         lengths = np.linalg.norm(gradient, axis=0)
         expected = gradient * np.minimum(1, 0.1 / np.maximum(lengths, 1e-12))
         np.testing.assert_allclose(step, expected, atol=1e-6)
-        assert np.linalg.norm(step, axis=0).max() < 0.1001
     assert max(np.linalg.norm(gradient, axis=0).max() for gradient in gradients) > 1
 
 
@@ -140,9 +122,9 @@ def test_distortion_moves_pixels_along_rows_and_then_columns_by_waves(count):
         for axis, down, across in np.ndindex(2, 4, 4):
             wave = np.cos(np.pi * down * (y + 0.5) / 28) * np.cos(np.pi * across * (x + 0.5) / 28)
             moves[axis] += 2 / (1 + np.hypot(down, across)) * share[axis, down, across] * wave
-        options = {"order": 1, "mode": "grid-constant"}
-        moved = scipy.ndimage.map_coordinates(image.reshape(28, 28), [y, x + moves[0]], **options)
-        moved = scipy.ndimage.map_coordinates(moved, [y + moves[1], x], **options)
+        moved = image.reshape(28, 28)
+        for source in ([y, x + moves[0]], [y + moves[1], x]):
+            moved = scipy.ndimage.map_coordinates(moved, source, order=1, mode="grid-constant")
         np.testing.assert_allclose(distorted.reshape(28, 28), moved, atol=1e-4)
         assert np.abs(distorted - image).max() > 0.1
 
@@ -160,17 +142,15 @@ def test_bound_of_a_linear_gaussian_model_is_its_known_likelihood(small_npz):
     # The true posterior has this mean and a covariance that is nearly diagonal; Q is a wider one.
     to_mean = loadings @ np.linalg.inv(precision) / std**2
     log_var = np.tile(np.log(np.diag(np.linalg.inv(precision))) + 0.5, [len(x), 1])
-    offset, loadings, to_mean, log_var, x = (
-        tf.constant(array, tf.float32) for array in (offset, loadings, to_mean, log_var, x)
-    )
+    arrays = offset, loadings, to_mean, log_var, x
+    offset, loadings, to_mean, log_var, x = (tf.constant(a, tf.float32) for a in arrays)
     linear = Notebook().run(last="loss", **{**SMALL, "data_path": str(small_npz), "z_dim": z_dim})
     names = linear.module
     names.encoder = lambda inputs: ((inputs[0] - offset) @ to_mean, log_var)
     names.decoder = lambda described: described[0] @ tf.transpose(loadings) + offset
     linear.run("bound", "bound")
-    one, ten, many = (
-        names.log_likelihood_bound(x, tf.range(6), tf.constant(draws)) for draws in (1, 10, 5000)
-    )
+    bounds = [names.log_likelihood_bound(x, tf.range(6), tf.constant(n)) for n in (1, 10, 5000)]
+    one, ten, many = bounds
     assert np.mean(one) < np.mean(ten) < np.mean(many)
     np.testing.assert_allclose(many, expected, atol=0.05)
     assert np.abs(one - expected).max() > 0.3
