@@ -49,9 +49,8 @@ def test_changed_hyperparameters_give_what_a_restart_gives(used, tiny):
     assert trained(notebook) == first
 
 
-ODD_HIDDEN_PART = """def hidden_part(inputs, widths, skips=False):
-    x = inputs
-    if inputs is image:
+ODD_HIDDEN_PART = """def hidden_part(x, widths, skips=False):
+    if x is image:
         x = keras.layers.Reshape([28, 28, 1])(x)
         x = keras.layers.Conv2D(4, 5, strides=3, activation=activation)(x)
         x = keras.layers.Flatten()(x)
@@ -62,11 +61,9 @@ ODD_HIDDEN_PART = """def hidden_part(inputs, widths, skips=False):
         x = keras.layers.Dropout(0.2)(x)
     return x
 """
-LAPLACE = """
-def laplace_loss(images, decoded):
+LAPLACE = """def laplace_loss(images, decoded):
     distance = tf.abs(images - decoded) / decoder_std
     return tf.reduce_sum(distance + np.log(2 * decoder_std), axis=1)
-
 likelihoods = {"laplace": laplace_loss, """
 
 
@@ -97,9 +94,8 @@ def test_own_layers_and_an_own_likelihood_train_start_afresh_and_are_kept(tiny, 
 
 def assert_consistent(notebook, finished):
     """Check that history, grid and networks are of the same finished epochs, and figures work."""
-    history = notebook.fetch("history")
+    history, samples = notebook.fetch("history, samples")
     assert {len(values) for values in history.values()} <= {finished}
-    samples = notebook.fetch("samples")
     assert samples.shape == (finished, 10, 784)
     assert np.isfinite(samples).all()
     if finished:
@@ -107,17 +103,14 @@ def assert_consistent(notebook, finished):
         np.testing.assert_array_equal(last, samples[-1])
         test_loss = notebook.fetch("evaluate(test_images, test_digits)['vae_loss']")
         assert test_loss == history["test_vae_loss"][-1]
-    said = printed(notebook.cell("train"))
-    assert "last finished epoch" in said
-    assert "start afresh" in said
+    assert re.search("last finished epoch.*start afresh", printed(notebook.cell("train")))
     notebook.run(first="losses")
     assert np.isfinite(notebook.fetch("generate(np.zeros([1, z_dim]), np.eye(10)[:1])")).all()
 
 
 def test_divergence_stops_at_the_last_good_epoch(tiny):
     notebook = Notebook(pictures=False).run(last="train", **{**tiny, "learning_rate": 1e9})
-    said = printed(notebook.cell("train"))
-    assert "The loss of epoch 1 is not finite: lower learning_rate" in said
+    assert "loss of epoch 1 is not finite: lower learning_rate" in printed(notebook.cell("train"))
     assert_consistent(notebook, 0)
     # A network that breaks in the third epoch.
     notebook.run("parameters", "epoch", **{**tiny, "epochs": 5})
@@ -149,24 +142,16 @@ def test_the_notebook_stops_before_it_builds_on_it(parameters, message, not_yet,
     assert not notebook.fetch(f"{not_yet!r} in globals()")
 
 
-# Values at the edges of what is allowed.
-EXTREMES = [
-    {
-        "hidden_layers": [1], "z_dim": 2, "batch_size": 600, "epochs": 1, "momentum": 0,
-        "distortion": 5, "decoder_std": 0.001, "learning_rate": 1e-300,
-        "classification_weight": 0, "clip_norm": 1e-6, "seed": 2**31 - 1,
-    },
-    {
-        "hidden_layers": [30] * 20, "activation": "selu", "z_dim": 100, "epochs": 1,
-        "likelihood": "bernoulli", "optimizer_name": "adam", "learning_rate": 0.001,
-        "decoder_std": 100, "clip_norm": None,
-    },
+@pytest.mark.parametrize("parameters", [
+    {"hidden_layers": [1], "z_dim": 2, "batch_size": 600, "epochs": 1, "momentum": 0,
+     "distortion": 5, "decoder_std": 0.001, "learning_rate": 1e-300,
+     "classification_weight": 0, "clip_norm": 1e-6, "seed": 2**31 - 1},
+    {"hidden_layers": [30] * 20, "activation": "selu", "z_dim": 100, "epochs": 1,
+     "likelihood": "bernoulli", "optimizer_name": "adam", "learning_rate": 0.001,
+     "decoder_std": 100, "clip_norm": None},
     {"batch_size": 127},  # no multiple of the 15 ways to bend, as 600 images are none of it
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("parameters", EXTREMES)
-def test_the_notebook_runs_at_the_edges(parameters, tiny):
+])  # fmt: skip
+def test_the_notebook_runs_at_the_edges_of_what_is_allowed(parameters, tiny):
     parameters = {**tiny, **parameters}
     notebook = Notebook(pictures=False).run(**parameters)
     assert len(trained(notebook)["vae_loss"]) == parameters["epochs"]
@@ -174,10 +159,9 @@ def test_the_notebook_runs_at_the_edges(parameters, tiny):
 
 @pytest.mark.parametrize("digits", [[3], [0, 1, 1, 2], [*range(10)] * 2])
 def test_every_cell_works_on_few_images(digits, small_arrays, tiny, tmp_path):
-    count = len(digits)
-    arrays = {name: array[:count] for name, array in small_arrays.items() if name[0] == "x"}
+    arrays = {name: array[: len(digits)] for name, array in small_arrays.items() if name[0] == "x"}
     np.savez(tmp_path / "few.npz", **arrays, y_train=digits, y_test=digits)
-    few = {"data_path": str(tmp_path / "few.npz"), "batch_size": count}
+    few = {"data_path": str(tmp_path / "few.npz"), "batch_size": len(digits)}
     notebook = Notebook().run(**{**tiny, **few}, output_dir=str(tmp_path))
     assert len(vae_helpers.load_run(tmp_path).samples) == tiny["epochs"]
     assert np.isfinite(notebook.fetch("results['vae_loss']"))
