@@ -30,16 +30,10 @@ SEEDS = (0, 1, 2, 3, 4)
 
 
 def train_judge(data, epochs=6):
-    """Train a small convolutional classifier on shifted real images; return it.
-
-    It gives of images [N, 784], in [0, 255], its last hidden layer [N, 128] and logits [N, 10].
-    """
+    """Return a model, trained on shifted images: its last hidden layer [N, 128], logits [N, 10]."""
     keras.utils.set_random_seed(1)
-    layers = [
-        keras.layers.Rescaling(1 / 255),
-        keras.layers.Reshape([28, 28, 1]),
-        keras.layers.RandomTranslation(0.07, 0.07, fill_mode="constant"),
-    ]
+    layers = [keras.layers.Rescaling(1 / 255), keras.layers.Reshape([28, 28, 1])]
+    layers.append(keras.layers.RandomTranslation(0.07, 0.07, fill_mode="constant"))
     for filters, strides in ((32, 1), (32, 2), (64, 1), (64, 2)):
         layers.append(keras.layers.Conv2D(filters, 3, strides, "same", activation="relu"))
         layers.append(keras.layers.BatchNormalization())
@@ -60,10 +54,7 @@ def look(judge, images):
 
 
 def frechet_distance(features, others):
-    """Return how far two Gaussians are that are fitted to features [N, 128] (Heusel et al., 2017).
-
-    It is zero if both are alike in mean and covariance.
-    """
+    """Return how far Gaussians of features [N, 128] are, 0 if alike (Heusel et al., 2017)."""
     covariance, other = np.cov(features.T), np.cov(others.T)
     roots = np.sqrt(scipy.linalg.eigvals(covariance @ other).real.clip(min=0))
     moved = features.mean(axis=0) - others.mean(axis=0)
@@ -71,10 +62,7 @@ def frechet_distance(features, others):
 
 
 def measure(judge, digits, test_features, parameters):
-    """Run the notebook in a kernel; return its row, by column and decimal places to be printed.
-
-    It is asked for `digits` [N], of the test images; `test_features` [N, 128] are the judge's.
-    """
+    """Run the notebook, ask it for `digits` [N]; return its row by column and decimal places."""
     with Kernel() as kernel:
         kernel.run(last="uses", **parameters)
         history, weight, samples = kernel.fetch("history, classification_weight, samples")
@@ -82,9 +70,8 @@ def measure(judge, digits, test_features, parameters):
         styles = "np.random.default_rng(1).standard_normal([10_000, z_dim])"
         images = kernel.fetch(f"generate({styles}, np.eye(10)[digits])", digits=digits)
         reconstructions = kernel.fetch("generate(*infer(test_images)[::2])")
-        more_rows = kernel.fetch(f"generate_all_digits({styles}[:1000])")
+        rows = np.concatenate([samples, kernel.fetch(f"generate_all_digits({styles}[:1000])")])
 
-    rows = np.concatenate([samples, more_rows])
     features, read = look(judge, 255 * images)
     reconstructed_features, _ = look(judge, 255 * reconstructions)
     readable = look(judge, 255 * rows.reshape(-1, 784))[1].reshape(-1, 10) == np.arange(10)
