@@ -177,7 +177,7 @@ ANYTHING = st.recursive(
 def test_anything_is_taken_or_refused_by_name(name, value):
     if lines := refusal(name, value):
         assert all(line.startswith(name) for line in lines)
-    elif value is None:
+    elif value is None:  # what is taken is of the default's kind, or None where that is allowed
         assert name in ("data_path", "output_dir", "clip_norm")
     elif isinstance(DEFAULTS[name], float):
         assert type(value) in (int, float)
