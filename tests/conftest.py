@@ -1,10 +1,12 @@
 """What the tests share: small real data, and the notebook run here or in a real kernel."""
 
 import base64
+import contextlib
 import copy
 import gc
 import os
 import pickle
+import resource
 import shutil
 import sys
 import time
@@ -25,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 import vae_helpers  # noqa: E402
 
 NOTEBOOK = nbformat.read(ROOT / "vae2.ipynb", as_version=4)
-CODE_CELLS = [cell.id for cell in NOTEBOOK.cells if cell.cell_type == "code"]
+CODE = {cell.id: cell for cell in NOTEBOOK.cells if cell.cell_type == "code"}
+CODE_CELLS = [*CODE]
 RESULT_CELLS = CODE_CELLS[CODE_CELLS.index("train") + 1 :]
 
 # Settings with which the notebook trains in seconds.
@@ -44,12 +47,6 @@ def pytest_collection_modifyitems(items):
     """Run the basics first, so that a broken one is known at once; kernels and browsers last."""
     order = "settings figures losses data handwriting results reruns kernels compare frontends"
     items.sort(key=lambda item: order.split().index(item.path.stem.split("_")[1]))
-
-
-def cell_source(notebook, cell_id):
-    """Return the source of the cell with this id."""
-    (cell,) = [cell for cell in notebook.cells if cell["id"] == cell_id]
-    return cell.source
 
 
 def assignments(parameters):
@@ -179,6 +176,17 @@ def wait_for(condition, seconds=300):
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.05)
     return value
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Let no file grow beyond so many bytes: writing fails in the middle, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -19,7 +18,7 @@ import nbformat
 import numpy as np
 import psutil
 import pytest
-from conftest import NOTEBOOK, ROOT, Kernel, cell_source, pictures, printed, wait_for
+from conftest import CODE, NOTEBOOK, ROOT, Kernel, full_disk, pictures, printed, wait_for
 from dask.system import CPU_COUNT
 
 import vae_helpers
@@ -61,7 +60,7 @@ with zipfile.ZipFile(pathlib.Path(output_dir, "run.zip"), "w") as archive:
 @pytest.fixture(scope="module")
 def names():
     """Return the notebook's hyperparameters, for one epoch."""
-    exec(cell_source(NOTEBOOK, "parameters"), values := {"likelihoods": ["gaussian", "bernoulli"]})
+    exec(CODE["parameters"].source, values := {"likelihoods": ["gaussian", "bernoulli"]})
     del values["__builtins__"]  # the names are sent to other processes
     return values | {"epochs": 1, "batch_size": 10}
 
@@ -223,13 +222,9 @@ def test_an_interrupt_keeps_what_is_done_and_leaves_no_process(names):
 
 def test_workers_by_hand_a_full_disk_and_a_lost_scheduler(names, cluster, monkeypatch):
     address, scheduler = cluster
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))  # as on a full disk
-    try:
-        with pytest.raises(OSError, match="File too large: kept keeps what is done"):
-            run({"seed": [0, 1]}, names, scheduler=address)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    full = "File too large: kept keeps what is done"
+    with full_disk(500_000), pytest.raises(OSError, match=full):
+        run({"seed": [0, 1]}, names, scheduler=address)
     assert not list(Path("kept").iterdir())  # nor any half of a run
     assert run({"seed": [0]}, names, scheduler=address) == [0]
     threading.Thread(target=lambda: wait_for(lambda: marks(2)) and scheduler.kill()).start()

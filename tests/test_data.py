@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, full_disk
 from PIL import Image
 from scipy import ndimage
 
@@ -333,10 +333,8 @@ def test_failed_download_is_noticed_and_said(
                 patch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(60))
             case "no name":  # it does not resolve, by the rules of RFC 6761
                 patch.setattr(vae_helpers, "MNIST_URL", "http://vae2.invalid/mnist.npz")
-            case "no room":  # as on a full disk
-                limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-                stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+            case "no room":
+                stack.enter_context(full_disk(10_000))
         start = time.monotonic()
         digits = vae_helpers.load_mnist()
         assert time.monotonic() - start < 15  # the seconds that it may take to notice

@@ -13,14 +13,14 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CODE_CELLS, NOTEBOOK, SMALL, notebook_with, pictures, wait_for
+from conftest import CODE, CODE_CELLS, NOTEBOOK, SMALL, notebook_with, pictures, wait_for
 from jupyter_server.serverapp import list_running_servers
 from nbconvert import HTMLExporter
 from playwright.sync_api import expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium")
 OURS = re.compile(r"vae|ipywidgets|widget|Traceback", re.IGNORECASE)
-FIGURES = [cell.id for cell in NOTEBOOK.cells if cell.cell_type == "code" and pictures(cell)]
+FIGURES = [name for name, cell in CODE.items() if pictures(cell)]
 ERROR = "[data-mime-type='application/vnd.jupyter.error']"
 IDLE = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
 MINUTES = 300_000  # for what a busy machine may take long to do, in milliseconds

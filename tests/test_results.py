@@ -2,18 +2,16 @@
 
 import io
 import re
-import resource
 
 import keras
 import matplotlib.image
 import nbformat
 import numpy as np
 import pytest
-from conftest import NOTEBOOK, ROOT, SMALL, Notebook, pictures, printed
+from conftest import CODE, NOTEBOOK, ROOT, SMALL, Notebook, full_disk, pictures, printed
 
 import vae_helpers
 
-CODE = {cell.id: cell for cell in NOTEBOOK.cells if cell.cell_type == "code"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -218,14 +216,8 @@ def test_a_full_disk_harms_no_earlier_run_and_a_damaged_file_is_named(notebook, 
     keep(notebook, tmp_path)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
-    # No file may grow beyond 10,000 bytes: as on a full disk, writing fails in the middle.
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match="output_dir = .* cannot be written"):
-            keep(notebook, tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(10_000), pytest.raises(OSError, match="output_dir = .* cannot be written"):
+        keep(notebook, tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == {path: whole}
     keep(notebook, tmp_path)  # what was trained is still in memory
     assert len(vae_helpers.load_run(tmp_path).samples) == SMALL["epochs"]

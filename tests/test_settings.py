@@ -8,7 +8,7 @@ from math import inf, nan
 import keras
 import numpy as np
 import pytest
-from conftest import NOTEBOOK, ROOT, cell_source
+from conftest import CODE, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quality import ARTICLE
@@ -16,7 +16,7 @@ from quality import ARTICLE
 import vae_helpers
 
 DEFAULTS = {}
-exec(cell_source(NOTEBOOK, "parameters"), {}, DEFAULTS)
+exec(CODE["parameters"].source, {}, DEFAULTS)
 LIKELIHOODS = {"likelihoods": ["gaussian", "bernoulli"]}
 
 # Values that are refused, by name.
@@ -47,7 +47,7 @@ def refusal(name, value):
 
 
 def test_the_defaults_are_flat_literals_with_comments_and_are_taken_checked_and_in_readme():
-    (cell,) = [c for c in NOTEBOOK.cells if "parameters" in c.metadata.get("tags", [])]
+    (cell,) = [cell for cell in CODE.values() if "parameters" in cell.metadata.get("tags", [])]
     for statement in ast.parse(cell.source).body:
         assert isinstance(statement, ast.Assign)
         assert statement.targets[0].id.islower()
@@ -189,6 +189,6 @@ def test_anything_is_taken_or_refused_by_name(name, value):
 def test_no_private_interface_of_another_package_is_used():
     # One of ipywidgets 8, which the ipywidgets 7 of Google Colab lacks, stopped Run All there.
     sources = [(ROOT / "vae_helpers.py").read_text()]
-    sources += [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code"]
+    sources += [cell.source for cell in CODE.values()]
     private = set(re.findall(r"\b(?!self\b)\w+\.(_[a-z]\w*)", "\n".join(sources)))
     assert private <= {"_asdict", "_replace", "_fields"}  # public ones of named tuples
