@@ -173,6 +173,7 @@ GREY, WHITE = Image.new("L", (60, 60), 120), Image.new("L", (60, 60), 255)
 NO_NUMBERS = Image.fromarray(np.full([9, 9], np.nan, np.float32))
 PHOTOGRAPH = vae_helpers.digits_png(np.linspace(0, 1, 784)[None, None]).getvalue()
 BAD_FILES = {
+    "missing": (None, "No such file"),
     "text": (b"not a picture", "none of AVIF, BMP, GIF, JPEG, PNG"),
     "empty": (b"", "none of AVIF, BMP, GIF, JPEG, PNG"),
     "telephone": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "save HEIC, of a telephone, as JPEG"),
@@ -192,15 +193,12 @@ BAD_FILES = {
 def test_bad_files_are_named(name, tmp_path):
     content, word = BAD_FILES[name]
     path = tmp_path / f"{name}.png"
-    path.write_bytes(content)
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}.png: not a readable photograph.*{word}"):
         vae_helpers.read_handwriting(str(path))
-
-
-def test_missing_files_and_folders_are_named(tmp_path):
-    for path in (tmp_path, tmp_path / "nowhere.png"):
-        with pytest.raises(ValueError, match=path.name):
-            vae_helpers.read_handwriting(path)
+    with pytest.raises(ValueError, match=f"{tmp_path}: not a readable.*directory"):
+        vae_helpers.read_handwriting(tmp_path)
 
 
 def test_handwriting_is_drawn_beside_what_was_made_of_it(digit_images):
