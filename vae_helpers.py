@@ -109,9 +109,10 @@ def check_hyperparameters(names, image_count=None):
     """Return the hyperparameters among `names`, such as a notebook's `globals()`, as a dict.
 
     They are the fields of `Hyperparameters` and what else their cell assigned when it was last run
-    (`names["In"]` holds IPython's cells). A whole number becomes real where one is meant. A table
-    `names["likelihoods"]` limits `likelihood`, `image_count` `batch_size`. ValueError has a line
-    for each that is missing or wrong, or says that Keras computes in other than float32.
+    (`names["In"]` holds IPython's cells). A whole number becomes real where one is meant. Where
+    they are known, `likelihood` must be in the table `names["likelihoods"]`, and `batch_size` at
+    most `image_count`. ValueError has a line for each that is missing or wrong, with its value and
+    what is allowed; or says that Keras computes in other than float32.
     """
     import keras
 
@@ -165,9 +166,9 @@ def load_mnist(path=None):
     """Load MNIST (LeCun, Cortes and Burges, 1998; CC BY-SA 3.0) as `Digits`.
 
     `path` is an `mnist.npz` in Keras' layout or a folder of the four IDX files, gzipped or not;
-    other data in these formats get its name. ValueError names a copy that is not as it should be.
-    `None` takes the copy in Keras' cache or downloads it to there; where that cannot be, one
-    printed line says so and `load_offline_digits` stands in.
+    data other than MNIST get the name of that file or folder. ValueError names a copy that is not
+    as it should be. `None` takes the copy in Keras' cache or downloads it to there; where that
+    cannot be, one printed line says so and `load_offline_digits` stands in.
     """
     if path is None:
         try:
@@ -261,7 +262,7 @@ def dense_by_digit(x, digit_probs, units, name=None):
     """Connect a dense layer to `x`, one of its own for each digit, the ten weighted and summed.
 
     From Keras tensors x [batch, N] and digit_probs [batch, 10], or `None` for one layer for all
-    digits, to one [batch, units].
+    digits, to one [batch, units]. The dense layer is called `name`.
     """
     from keras import layers, ops
 
@@ -389,10 +390,10 @@ def _tile(images):
 
 @in_plain_style
 def plot_digit_grid(images, *, row_labels=None, column_labels=range(DIGITS), title=None, ax=None):
-    """Draw images [rows, columns, 784], in [0, 1], in `ax` or a new Figure; return the Figure.
+    """Draw images [rows, columns, 784], paper at 0, ink at 1, in `ax` or a Figure; return that.
 
-    Labels are one for each row and column. ValueError: the images are not of that shape, or labels
-    not as many as rows or columns.
+    There is a label for each row and column, of columns by default the digits. ValueError: the
+    images are not of that shape, or labels are not as many as rows or columns.
     """
     images = np.asarray(images, np.float32)
     if images.ndim != 3 or images.shape[2] != PIXELS:
