@@ -758,8 +758,9 @@ def _run_missing(runs, task, data, folder, scheduler, raise_if_interrupted):
         began = set()
         client.subscribe_topic("vae2", lambda event: began.add(event[1]))
         packed = client.submit(bytes, copy.getvalue())  # a task: workers can do it again
-        waiting = {
-            client.submit(task, packed, run[1], retries=2): path for path, run in runs.items()
+        waiting = {  # in their order, which Dask leaves open among tasks of one moment
+            client.submit(task, packed, run[1], retries=2, priority=-number): path
+            for number, (path, run) in enumerate(runs.items())
         }
         while waiting:
             time.sleep(0.5)
