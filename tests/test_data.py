@@ -17,18 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, full_disk
+from conftest import ROOT, full_disk, vae_helpers
 from PIL import Image
 from scipy import ndimage
 
-import vae_helpers
-
-IDX_NAMES = {
-    "x_train": "train-images-idx3-ubyte",
-    "y_train": "train-labels-idx1-ubyte",
-    "x_test": "t10k-images-idx3-ubyte",
-    "y_test": "t10k-labels-idx1-ubyte",
-}
+IDX_NAMES = {"x_train": "train-images-idx3-ubyte", "y_train": "train-labels-idx1-ubyte"}
+IDX_NAMES |= {"x_test": "t10k-images-idx3-ubyte", "y_test": "t10k-labels-idx1-ubyte"}
 KINDS = ["npz", "compressed npz", "gzipped idx", "idx"]
 
 
@@ -121,12 +115,11 @@ def test_damaged_bytes_are_noticed_or_harmless(kind, few_arrays, tmp_path):
     random, refused = np.random.default_rng(0), 0
     for trial in range(300):
         file = random.choice(files)
-        whole = file.read_bytes()
-        # The archive's own structures, at its ends and between its entries, are likely trouble.
-        headers = [i for i in range(len(whole)) if whole[i : i + 2] == b"PK"]
-        near = random.choice(headers) + random.integers(140) if headers else random.integers(20)
-        position = min(near if trial % 3 == 0 else random.integers(len(whole)), len(whole) - 1)
         damaged = np.fromfile(file, np.uint8)
+        # The archive's own structures, at its ends and between its entries, are likely trouble.
+        headers = [match.start() for match in re.finditer(b"PK", damaged)]
+        near = random.choice(headers) + random.integers(140) if headers else random.integers(20)
+        position = min(near if trial % 3 == 0 else random.integers(damaged.size), damaged.size - 1)
         damaged[position : position + random.integers(1, 5)] ^= np.uint8(random.integers(1, 256))
         # Not refused: damage to a time stamp or a name in a header.
         refused += sum(refusals(path, file, [damaged], few_arrays))
@@ -208,30 +201,23 @@ def test_other_data_have_their_files_name_but_emnist_is_refused(few_arrays, tmp_
         vae_helpers.load_mnist(folder)
 
 
-@pytest.fixture(scope="module")
-def offline_digits():
-    """Return the offline digits without variants, to be fast."""
-    return vae_helpers.load_offline_digits(copies=1)
-
-
-def test_mnist_is_known_by_its_images_and_offline_digits_are_of_it(mnist, offline_digits, tmp_path):
+def test_mnist_is_known_by_its_images_and_offline_digits_are_of_it(mnist, tmp_path):
     digits = vae_helpers.load_mnist(mnist)
     assert digits.name == "MNIST"
     assert [len(array) for array in digits[:4]] == [60_000, 60_000, 10_000, 10_000]
     counts = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert np.bincount(digits.y_test).tolist() == counts
     assert digits.y_train[:5].tolist() == [5, 0, 4, 1, 9]
-    arrays = dict(np.load(mnist))
     for name in IDX_NAMES:
-        changed = arrays[name].copy()
-        changed.flat[-1] ^= 1
-        path = write_copy("npz", {**arrays, name: changed}, tmp_path)
+        arrays = dict(np.load(mnist))
+        arrays[name].flat[-1] ^= 1
+        path = write_copy("npz", arrays, tmp_path)
         assert vae_helpers.load_mnist(path).name == "mnist.npz (not MNIST)"
     known = {image.tobytes(): digit for image, digit in zip(*digits[:2], strict=True)}
+    offline_digits = vae_helpers.load_offline_digits(copies=1)
     images, labels = (np.concatenate(offline_digits[i:4:2]) for i in (0, 1))
     assert [known[image.tobytes()] for image in images] == labels.tolist()
-    trained_on = {image.tobytes() for image in offline_digits.x_train}
-    assert trained_on.isdisjoint(image.tobytes() for image in digits.x_test)
+    assert known.keys().isdisjoint(image.tobytes() for image in digits.x_test)
 
 
 def test_offline_digits_are_real_mnist_and_variants_framed_like_it():
@@ -306,11 +292,11 @@ def test_download_is_checked_and_cached(download, small_arrays):
     ],
 )
 def test_failed_download_is_noticed_and_said(
-    fault, patience, word, download, offline_digits, small_arrays, monkeypatch, capsys
+    fault, patience, word, download, small_arrays, monkeypatch, capsys
 ):
     server, cached = download
     monkeypatch.setattr(vae_helpers, "PATIENCE", patience or vae_helpers.PATIENCE)
-    monkeypatch.setattr(vae_helpers, "load_offline_digits", lambda: offline_digits)
+    monkeypatch.setattr(vae_helpers, "load_offline_digits", lambda: "offline digits")
     with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
         other = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         if fault in ("silent", "black hole", "refused"):  # a host that never answers
@@ -336,12 +322,10 @@ def test_failed_download_is_noticed_and_said(
             case "no room":
                 stack.enter_context(full_disk(10_000))
         start = time.monotonic()
-        digits = vae_helpers.load_mnist()
+        assert vae_helpers.load_mnist() == "offline digits"
         assert time.monotonic() - start < 15  # the seconds that it may take to notice
-    assert digits.name == "5,000 MNIST images"
     (said,) = [line for line in capsys.readouterr().out.splitlines() if "No MNIST" in line]
-    assert "5,000 MNIST images" in said
-    assert word in said
+    assert re.search(f"{word}.*5,000 MNIST images", said)
     assert not cached.exists()
     assert_same(vae_helpers.load_mnist(), small_arrays)
 
