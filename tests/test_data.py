@@ -24,6 +24,7 @@ from scipy import ndimage
 IDX_NAMES = {"x_train": "train-images-idx3-ubyte", "y_train": "train-labels-idx1-ubyte"}
 IDX_NAMES |= {"x_test": "t10k-images-idx3-ubyte", "y_test": "t10k-labels-idx1-ubyte"}
 KINDS = ["npz", "compressed npz", "gzipped idx", "idx"]
+URL = "http://127.0.0.1:{}/mnist.npz"  # by its port
 
 
 def write_copy(kind, arrays, folder):
@@ -254,8 +255,7 @@ def download(small_npz, tmp_path, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.requests, server.sent, server.stall = 0, 1, 0
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/mnist.npz"
-        monkeypatch.setattr(vae_helpers, "MNIST_URL", url)
+        monkeypatch.setattr(vae_helpers, "MNIST_URL", URL.format(server.server_port))
         yield server, tmp_path / "datasets" / "mnist.npz"
         server.shutdown()
 
@@ -292,8 +292,7 @@ def test_failed_download_is_noticed_and_said(
     with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
         other = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         if fault in ("silent", "black hole", "refused"):  # a host that never answers
-            url = f"http://127.0.0.1:{other.getsockname()[1]}/mnist.npz"
-            patch.setattr(vae_helpers, "MNIST_URL", url)
+            patch.setattr(vae_helpers, "MNIST_URL", URL.format(other.getsockname()[1]))
         match fault:
             case "not found":
                 patch.setattr(server, "sent", 0)
