@@ -37,16 +37,14 @@ def shuffled(random, data, batch_size):
 def epoch_in_python(step, data, batch_size, to_array=np.asarray):
     """Return an epoch that gives `step` one minibatch at a time and returns the sum of losses."""
     images, digits = to_array(data.x_train.astype(np.float32) / 255), to_array(data.y_train)
-    random = np.random.default_rng(0)
-    batches = partial(shuffled, random, data, batch_size)
+    batches = partial(shuffled, np.random.default_rng(0), data, batch_size)
     return lambda: sum(step(images[batch], digits[batch]) for batch in batches())
 
 
 def notebook_epoch(parameters):
     """Return a function that trains an epoch as the notebook does."""
     names = Notebook().run(last="epoch", **parameters).module
-    random = np.random.default_rng(0)
-    return lambda: names.train_epoch(random, lambda: None)
+    return partial(names.train_epoch, np.random.default_rng(0), lambda: None)
 
 
 def keras_fit(parameters, whole_epochs=False):
@@ -187,8 +185,7 @@ def pytorch(parameters):
         optimizer.zero_grad()
         loss.backward()
         for weight in weights:
-            norm = weight.grad.norm(dim=-1, keepdim=weight.ndim > 1)
-            weight.grad *= names.clip_norm / norm.clamp(min=names.clip_norm)
+            weight.grad /= (weight.grad.norm(dim=-1, keepdim=True) / names.clip_norm).clamp(min=1)
         optimizer.step()
         return loss.item()
 
@@ -230,10 +227,9 @@ def floor(parameters):
     tf, size = names.tf, names.batch_size
     step = tf.function(names.train_step)
     graph = step.get_concrete_function(tf.zeros([size, 784]), tf.zeros([size], tf.int32)).graph
-    multiplications = 2 * 28 * 784 * size * bool(names.distortion)  # which is no `MatMul`
-    for operation in graph.get_operations():
-        if operation.type == "MatMul":
-            multiplications += math.prod(operation.inputs[0].shape) * operation.outputs[0].shape[1]
+    products = [o for o in graph.get_operations() if o.type == "MatMul"]
+    multiplications = sum(math.prod(o.inputs[0].shape) * o.outputs[0].shape[1] for o in products)
+    multiplications += 2 * 28 * 784 * size * bool(names.distortion)  # which is no `MatMul`
     matrix = tf.random.normal([2048, 2048])
     share = names.steps * multiplications / 2048**3  # of the work of its product with itself
     return lambda: share * min(timeit.repeat(lambda: (matrix @ matrix).numpy(), number=1))
