@@ -25,6 +25,9 @@ import vae_helpers
 
 BLACK, ZEROS = np.zeros([20, 784], np.uint8), np.zeros(20, np.int32)
 NOTHING = vae_helpers.Digits(BLACK, ZEROS, BLACK[:10], ZEROS[:10], "no digits")
+# The hyperparameters of the real notebook, for one epoch.
+exec(CODE["parameters"].source, {}, NAMES := {"likelihoods": ["gaussian", "bernoulli"]})
+NAMES |= {"epochs": 1, "batch_size": 10}
 # A notebook in which hyperparameters say what happens instead of training; its cells by their tags.
 STAND_IN = {
     "parameters": "z_dim = 0",
@@ -57,21 +60,9 @@ with zipfile.ZipFile(pathlib.Path(output_dir, "run.zip"), "w") as archive:
 }
 
 
-@pytest.fixture(scope="module")
-def names():
-    """Return the notebook's hyperparameters, for one epoch."""
-    exec(CODE["parameters"].source, values := {"likelihoods": ["gaussian", "bernoulli"]})
-    del values["__builtins__"]  # the names are sent to other processes
-    return values | {"epochs": 1, "batch_size": 10}
-
-
-def write_stand_in(name, without=None):
-    """Write the stand-in notebook, whole or without one of its cells."""
-    cells = [
-        nbformat.v4.new_code_cell(source, metadata={"tags": [tag]})
-        for tag, source in STAND_IN.items()
-        if tag != without
-    ]
+def write_stand_in(name, tags):
+    """Write a notebook of the stand-in's cells with these tags."""
+    cells = [nbformat.v4.new_code_cell(STAND_IN[tag], metadata={"tags": [tag]}) for tag in tags]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), name)
 
 
@@ -79,22 +70,21 @@ def write_stand_in(name, without=None):
 def _here(tmp_path, monkeypatch):
     """Work in an empty folder beside a stand-in notebook that marks each of its kernels."""
     monkeypatch.chdir(tmp_path)
-    write_stand_in("stand-in.ipynb")
+    write_stand_in("stand-in.ipynb", tags=STAND_IN)
     Path("marks").mkdir()
     monkeypatch.setenv("MARKS", str(tmp_path / "marks"))
 
 
-def run(compare, names, **options):
-    """Run the stand-in notebook with each combination and return the seeds of those kept."""
-    options = {"folder": "kept", "notebook": "stand-in.ipynb", **options}
-    runs = vae_helpers.run_settings(compare, names, NOTHING, **options)
+def run(compare, seconds=0.5, folder="kept", notebook="stand-in.ipynb", **options):
+    """Run the stand-in, for `seconds` unless of seed 0, and return the seeds of the runs kept."""
+    names = {**NAMES, "decoder_std": seconds}
+    runs = vae_helpers.run_settings(compare, names, NOTHING, folder, notebook=notebook, **options)
     return list(runs.get("seed", []))
 
 
 def marks(seed=""):
     """Return the process numbers of each kernel that began with this seed, and of its worker."""
-    names = [path.name for path in Path("marks").glob(f"{seed}*-*-*")]
-    return [tuple(map(int, name.split("-")[1:])) for name in names]
+    return [tuple(map(int, path.name.split("-")[1:])) for path in Path("marks").glob(f"{seed}*")]
 
 
 def is_over(pid):
@@ -104,18 +94,18 @@ def is_over(pid):
     return True
 
 
-def drive(compare, names):
+def drive(compare, seconds):
     """Compare as in a Jupyter kernel, which leads a group of processes and lives on afterwards."""
     os.setsid()
     with open("said", "w", buffering=1) as said, contextlib.redirect_stdout(said):
-        print("returned", run(compare, names))
+        print("returned", run(compare, seconds))
     time.sleep(60)
 
 
 @contextlib.contextmanager
-def driver(compare, names):
+def driver(compare, seconds):
     """Run a comparison in a process of its own."""
-    process = multiprocessing.get_context("spawn").Process(target=drive, args=(compare, names))
+    process = multiprocessing.get_context("spawn").Process(target=drive, args=(compare, seconds))
     process.start()
     try:
         yield process
@@ -135,20 +125,17 @@ def cluster(tmp_path_factory):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
     worker = ["worker", address, "--nthreads=1"]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "dask", *command, "--no-dashboard"],
-            cwd=tmp_path_factory.mktemp("w"),
-        )
-        for command in (["scheduler", f"--host={address}"], worker, worker)
-    ]
+    processes = []
+    for arguments in (["scheduler", f"--host={address}"], worker, worker):
+        command = [sys.executable, "-m", "dask", *arguments, "--no-dashboard"]
+        processes.append(subprocess.Popen(command, cwd=tmp_path_factory.mktemp("w")))
     yield address, processes[0]
     for process in processes:  # the workers' own processes end with them
         process.kill()
         process.wait()
 
 
-def test_what_cannot_be_compared_is_named_before_anything_runs(names):
+def test_what_cannot_be_compared_is_named_before_anything_runs():
     for compare, words in [
         ({"z_dim": [2, 10], "seed": [0, -1]}, "seed = -1: Input should be greater than or equal"),
         ({"batch_size": [20, 21]}, "batch_size = 21: Input should be less than or equal to 20"),
@@ -157,22 +144,21 @@ def test_what_cannot_be_compared_is_named_before_anything_runs(names):
         ([{"seed": [0]}, {"learning_rate": ["fast"]}], "learning_rate = 'fast': Input should be"),
     ]:
         with pytest.raises(ValueError, match=words):
-            run(compare, names)
+            run(compare)
     with pytest.raises(TypeError, match="'z_dim' needs to be a list"):
-        run({"z_dim": 10}, names)
+        run({"z_dim": 10})
     with pytest.raises(ValueError, match="nowhere.ipynb: no notebook .*`notebook`"):
-        run({"seed": [0]}, names, notebook="nowhere.ipynb")
+        run({"seed": [0]}, notebook="nowhere.ipynb")
     for missing, fault in (("compare", "run_settings"), ("parameters", "tagged parameters")):
-        write_stand_in("other.ipynb", without=missing)
+        write_stand_in("other.ipynb", tags=[tag for tag in STAND_IN if tag != missing])
         with pytest.raises(ValueError, match=f"other.ipynb: .*{fault}"):
-            run({"seed": [0]}, names, notebook="other.ipynb")
+            run({"seed": [0]}, notebook="other.ipynb")
     assert not Path("kept").exists()
 
 
-def test_a_killed_worker_a_killed_kernel_and_a_bad_setting(names):
-    names = {**names, "decoder_std": 4.0}
+def test_a_killed_worker_a_killed_kernel_and_a_bad_setting():
     compare = [{"seed": [1, 2]}, {"seed": [0], "z_dim": [13, 4]}]
-    with driver(compare, names):
+    with driver(compare, seconds=4):
         ((kernel, _),) = wait_for(lambda: marks(1))
         os.kill(kernel, signal.SIGKILL)
         ((orphan, worker),) = wait_for(lambda: marks(2))
@@ -183,31 +169,30 @@ def test_a_killed_worker_a_killed_kernel_and_a_bad_setting(names):
     assert "3 of 4 runs" in said
     assert len(marks(1)) == len(marks(2)) == 2
     before = marks()
-    assert run(compare[0], names) == [1, 2]
+    assert run(compare[0], seconds=4) == [1, 2]
     assert marks() == before
 
 
-def test_a_killed_driver_goes_on_from_what_it_had(names, tmp_path, monkeypatch):
-    names = {**names, "decoder_std": 4.0}
+def test_a_killed_driver_goes_on_from_what_it_had(tmp_path, monkeypatch):
     compare = {"seed": [0, 1, 2]}
-    with driver(compare, names) as process:
+    with driver(compare, seconds=4) as process:
         wait_for(lambda: list(Path("kept").glob("[!.]*/run.zip")) and len(marks()) > 1)
         process.kill()
         # A kernel that marks itself after its worker's death has process 1 for a parent.
         wait_for(lambda: all(is_over(pid) for pids in marks() for pid in {*pids} - {1}), 10)
     kept = {path: path.stat().st_mtime_ns for path in Path("kept").glob("[!.]*")}
     assert len(kept) < 3
-    assert run(compare, names) == [0, 1, 2]
+    assert run(compare, seconds=4) == [0, 1, 2]
     assert len(marks(0)) == 1
     assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
     before = marks()
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert run(compare, names, folder="~/kept", notebook="~/stand-in.ipynb") == [0, 1, 2]
+    assert run(compare, 4, folder="~/kept", notebook="~/stand-in.ipynb") == [0, 1, 2]
     assert marks() == before
 
 
-def test_an_interrupt_keeps_what_is_done_and_leaves_no_process(names):
-    with driver({"seed": [0, 1, 2]}, {**names, "decoder_std": 500.0}) as process:
+def test_an_interrupt_keeps_what_is_done_and_leaves_no_process():
+    with driver({"seed": [0, 1, 2]}, seconds=500) as process:
         wait_for(lambda: list(Path("kept").glob("[!.]*/run.zip")) and len(marks()) > 2)
         children = psutil.Process(process.pid).children(recursive=True)
         assert len(children) >= 4  # workers and kernels
@@ -220,34 +205,30 @@ def test_an_interrupt_keeps_what_is_done_and_leaves_no_process(names):
         assert not list(Path("kept").glob(".*"))
 
 
-def test_workers_by_hand_a_full_disk_and_a_lost_scheduler(names, cluster, monkeypatch):
+def test_workers_by_hand_a_full_disk_and_a_lost_scheduler(cluster, monkeypatch):
     address, scheduler = cluster
     full = "File too large: kept keeps what is done"
     with full_disk(500_000), pytest.raises(OSError, match=full):
-        run({"seed": [0, 1]}, names, scheduler=address)
+        run({"seed": [0, 1]}, scheduler=address)
     assert not list(Path("kept").iterdir())  # nor any half of a run
-    assert run({"seed": [0]}, names, scheduler=address) == [0]
+    assert run({"seed": [0]}, scheduler=address) == [0]
     threading.Thread(target=lambda: wait_for(lambda: marks(2)) and scheduler.kill()).start()
     with pytest.raises(OSError, match="the scheduler is gone: kept keeps what is done"):
-        run({"seed": [1, 2]}, {**names, "decoder_std": 50.0}, scheduler=address)
+        run({"seed": [1, 2]}, seconds=50, scheduler=address)
     assert len(list(Path("kept").iterdir())) == 1
     wait_for(lambda: all(is_over(kernel) for kernel, _ in marks(2)), 10)
     monkeypatch.setitem(dask.config.config["distributed"]["comm"]["timeouts"], "connect", "2s")
     with pytest.raises(OSError, match="Timed out .* to connect"):
-        run({"seed": [0, 1]}, names, scheduler=address)
+        run({"seed": [0, 1]}, scheduler=address)
 
 
-def test_a_kernel_that_hangs_is_ended_and_what_went_wrong_is_reported(names, capsys):
-    compare = [
-        {"seed": [1], "epochs": [2]},
-        {"seed": [0], "learning_rate": [5.0]},
-        {"seed": [0], "z_dim": [14]},
-    ]
-    assert run(compare, {**names, "decoder_std": 50.0}, patience=-297) == []
+def test_a_kernel_that_hangs_is_ended_and_what_went_wrong_is_reported(capsys):
+    compare = [{"seed": [1], "epochs": [2]}, {"learning_rate": [5.0]}, {"z_dim": [14]}]
+    assert run(compare, seconds=50, patience=-297) == []
     said = capsys.readouterr().out
     assert "epochs = 2, seed = 1 failed: it took too long" in said
-    assert "rate = 5.0, seed = 0 failed: AssertionError: its loss did not stay finite" in said
-    assert "seed = 0, z_dim = 14 failed: AssertionError: a cell set {'batch_size': 1}" in said
+    assert "learning_rate = 5.0 failed: AssertionError: its loss did not stay finite" in said
+    assert "z_dim = 14 failed: AssertionError: a cell set {'batch_size': 1}" in said
     assert "0 of 3 runs kept" in said
     ((kernel, _),) = marks(1)
     assert is_over(kernel)
@@ -261,7 +242,7 @@ def kl_loss(z_mean, z_log_var):
 
 
 def test_a_copy_with_a_name_of_ones_own_gives_the_same_bits_elsewhere(
-    names, tiny, tmp_path, cluster, monkeypatch, capsys
+    tiny, tmp_path, cluster, monkeypatch, capsys
 ):
     cells = nbformat.from_dict(NOTEBOOK).cells
     for cell in cells:  # without ids, as some editors leave them
@@ -269,7 +250,7 @@ def test_a_copy_with_a_name_of_ones_own_gives_the_same_bits_elsewhere(
     copy = {"cells": cells, "metadata": NOTEBOOK.metadata, "nbformat": 4, "nbformat_minor": 4}
     Path("vae2-Copy1.ipynb").write_text(json.dumps(copy))
     monkeypatch.setenv("JPY_SESSION_NAME", str(tmp_path / "vae2-Copy1.ipynb"))
-    own = {**names, **tiny, "beta": 4.0, "In": ["data_path = None\nseed = 0\nbeta = 4.0"]}
+    own = {**NAMES, **tiny, "beta": 4.0, "In": ["data_path = None\nseed = 0\nbeta = 4.0"]}
     data = vae_helpers.load_mnist(tiny["data_path"])
     (local, other), (remote,) = (
         vae_helpers.run_settings({"beta": values}, own, data, *place).to_dict("records")
@@ -277,8 +258,7 @@ def test_a_copy_with_a_name_of_ones_own_gives_the_same_bits_elsewhere(
     )
     assert "vae2-Copy1.ipynb" in capsys.readouterr().out
     assert local["change"] == remote["change"] == {"beta": 0.1}
-    assert local["data"] == data.name
-    assert local["data_digest"] == data.digest
+    assert (local["data"], local["data_digest"]) == (data.name, data.digest)
     for results in (local, remote, other):
         assert results.pop("seconds") > 0
         kept = vae_helpers.load_run(results["folder"])  # whole, as a folder of `output_dir`
@@ -321,6 +301,5 @@ def test_the_cell_shows_a_figure_and_a_table(tmp_path, monkeypatch):
     changes = [f"batch_size = 9, seed = {seed}, z_dim = {z}" for seed in (0, 2) for z in (4, 3)]
     assert labels == ["nothing changed", *changes]  # the least loss first
     assert table.index.to_list() == [("10", "10"), ("9", "4"), ("9", "3")]
-    means_and_ranges = [[190, 190, 190], [197, 196, 198], [198, 197, 199]]
-    assert table["vae_loss"].to_numpy().tolist() == means_and_ranges
+    assert table["vae_loss"].values.tolist() == [[190, 190, 190], [197, 196, 198], [198, 197, 199]]
     assert table["accuracy", "mean"].to_list() == [0.9] * 3
