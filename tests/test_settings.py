@@ -73,20 +73,16 @@ def test_a_bad_value_is_named_with_what_is_allowed(name, value):
     assert re.search("Input should be|List should have|String should have", rest)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "reasons"),
-    [
-        ("epochs", 1000, []),
-        ("epochs", 1001, ["each is a row of one figure"]),
-        ("seed", 2**31, ["it seeds generators of 32 bits"]),
-        ("distortion", 6.0, ["digits leave the image beyond"]),
-        ("hidden_layers", [100_000] * 30, []),
-        ("z_dim", 784, []),
-        ("batch_size", 10**6, []),
-    ],
-)
-def test_no_limit_without_a_reason(name, value, reasons):
-    assert [re.sub(r".* \((.*)\)$", r"\1", line) for line in refusal(name, value)] == reasons
+def test_no_limit_without_a_reason():
+    large = {"epochs": 1000, "hidden_layers": [100_000] * 30, "z_dim": 784, "batch_size": 10**6}
+    assert not any(refusal(*setting) for setting in large.items())
+    for name, value, reason in [
+        ("epochs", 1001, "each is a row of one figure"),
+        ("seed", 2**31, "it seeds generators of 32 bits"),
+        ("distortion", 6.0, "digits leave the image beyond"),
+    ]:
+        (line,) = refusal(name, value)
+        assert line.endswith(f" ({reason})")
 
 
 def test_all_that_is_wrong_is_named_at_once():
@@ -160,7 +156,6 @@ def test_any_optimizer_that_keras_knows_and_can_use_is_taken():
     for name in taken:
         weight = keras.Variable(np.ones([2, 3], np.float32))
         optimizer = type(keras.optimizers.get(name))(decay)
-        optimizer.build([weight])
         optimizer.apply([keras.ops.ones([2, 3])], [weight])
         assert np.all(weight.numpy() < 1)
 
