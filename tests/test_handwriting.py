@@ -98,10 +98,10 @@ def cropped(image):
     return np.asarray(Image.fromarray(cut).resize([10 * n for n in cut.shape[::-1]]))
 
 
-def transparent(image, colour):
-    """Draw an image [28, 28] in a colour on a transparent ground."""
-    picture = Image.new("RGBA", (280, 280), colour)
-    picture.putalpha(Image.fromarray(np.uint8(255 * image)).resize(picture.size))
+def transparent(ink, colour, size=(280, 280)):
+    """Draw ink, from 0 to 1 [height, width], in a colour on a transparent ground of this size."""
+    picture = Image.new("RGBA", size, colour)
+    picture.putalpha(Image.fromarray(np.uint8(255 * ink)).resize(size))
     return picture
 
 
@@ -150,15 +150,13 @@ def test_a_thin_pen_is_thickened():
 def test_files_of_many_kinds(digit_images):
     grey = page(digit_images[4])
     picture = Image.fromarray(np.uint8(255 * grey))
-    ink = Image.new("RGBA", picture.size, "black")
-    ink.putalpha(ImageOps.invert(picture))
     upside_down = Image.Exif()
     upside_down[0x0112] = 3  # turned by half a turn
     files = {
         "16 bits": (Image.fromarray(np.uint16(3000 * grey)), {}),
         "32 bits": (Image.fromarray(np.int32(70_000 * grey)), {"format": "TIFF"}),
         "floating point": (Image.fromarray(np.float32(grey)), {"format": "TIFF"}),
-        "transparent": (ink, {}),
+        "transparent": (transparent(1 - grey, "black", picture.size), {}),
         "palette": (picture.convert("P", palette=Image.Palette.ADAPTIVE), {}),
         "two colours": (picture.convert("1"), {}),
         "CMYK": (picture.convert("CMYK"), {"format": "JPEG"}),
