@@ -81,15 +81,13 @@ def test_figures_are_the_same_whatever_a_person_has_set():
             vae_helpers.plot_confusions({"true": (np.arange(10), np.arange(10))}, title="All"),
             vae_helpers.plot_handwriting(images[0, 0].reshape(28, 28), images, title="Own"),
         )
-        tiles = vae_helpers.digits_png(images).getvalue()
-        return [print_figure(figure, "png") for figure in figures], tiles
+        return [print_figure(f, "png") for f in figures], vae_helpers.digits_png(images).getvalue()
 
     expected = drawn()
     lines = {"image.origin": "lower", "axes.grid": True, "lines.linewidth": 9}
-    with matplotlib.rc_context({**lines, "font.size": 20, "font.family": "monospace"}):
-        assert drawn() == expected
-    with matplotlib.style.context("dark_background"):
-        assert drawn() == expected
+    for style in ("dark_background", {**lines, "font.size": 20, "font.family": "monospace"}):
+        with matplotlib.style.context(style):
+            assert drawn() == expected
 
 
 def test_styles_are_drawn_by_principal_components():
