@@ -49,15 +49,14 @@ def test_whom_the_losses_train_and_that_keys_decide_their_noise(notebook, monkey
         gradients = tape.gradient(value, [network.trainable_variables for network in networks])
         return [np.sign(sum(tf.norm(g) for g in group if g is not None)) for group in gradients]
 
-    def vae_loss():
-        return tf.reduce_mean(names.model_losses(x, digits, [0, 0])["vae_loss"])
+    def vae_losses(key=0, training=False):
+        return names.model_losses(x, digits, [0, key], training)["vae_loss"]
 
-    assert trained(vae_loss) == [1, 1, 0]  # stop_gradient
+    assert trained(vae_losses) == [1, 1, 0]  # stop_gradient
     assert trained(lambda: names.asked_digit_loss([0, 1])) == [0, 1, 0]
     monkeypatch.setattr(names, "stop_gradient", False)
-    assert trained(vae_loss) == [1, 1, 1]
-    losses = [names.model_losses(x, digits, [0, key], training=True) for key in (1, 1, 2)]
-    one, same, other = (loss["vae_loss"].numpy() for loss in losses)
+    assert trained(vae_losses) == [1, 1, 1]
+    one, same, other = (vae_losses(key, training=True).numpy() for key in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert np.all(one != other)
 
@@ -132,9 +131,8 @@ def test_distortion_moves_pixels_along_rows_and_then_columns_by_waves(count):
 def test_bound_of_a_linear_gaussian_model_is_its_known_likelihood(small_npz):
     # A linear decoder with Gaussian pixels has a known P(x): x ~ N(offset, weights·weightsᵀ + σ²).
     random = np.random.default_rng(0)
-    z_dim, std = 3, 0.5
+    z_dim, std, offset = 3, 0.5, np.full(784, 0.5)
     loadings = random.normal(size=[784, z_dim]) * 0.01
-    offset = np.full(784, 0.5)
     x = random.normal(size=[6, z_dim]) @ loadings.T + offset + std * random.normal(size=[6, 784])
     covariance = loadings @ loadings.T + std**2 * np.eye(784)
     expected = scipy.stats.multivariate_normal(offset, covariance).logpdf(x)
@@ -142,12 +140,11 @@ def test_bound_of_a_linear_gaussian_model_is_its_known_likelihood(small_npz):
     # The true posterior has this mean and a covariance that is nearly diagonal; Q is a wider one.
     to_mean = loadings @ np.linalg.inv(precision) / std**2
     log_var = np.tile(np.log(np.diag(np.linalg.inv(precision))) + 0.5, [len(x), 1])
-    arrays = offset, loadings, to_mean, log_var, x
-    offset, loadings, to_mean, log_var, x = (tf.constant(a, tf.float32) for a in arrays)
+    offset, loadings, to_mean, log_var, x = map(np.float32, (offset, loadings, to_mean, log_var, x))
     linear = Notebook().run(last="loss", **{**SMALL, "data_path": str(small_npz), "z_dim": z_dim})
     names = linear.module
     names.encoder = lambda inputs: ((inputs[0] - offset) @ to_mean, log_var)
-    names.decoder = lambda described: described[0] @ tf.transpose(loadings) + offset
+    names.decoder = lambda described: described[0] @ loadings.T + offset
     linear.run("bound", "bound")
     bounds = [names.log_likelihood_bound(x, tf.range(6), tf.constant(n)) for n in (1, 10, 5000)]
     one, ten, many = bounds
