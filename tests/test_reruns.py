@@ -29,8 +29,7 @@ def used(tiny):
 @pytest.mark.parametrize("cell_id", CODE_CELLS[: -len(RESULT_CELLS)])
 def test_any_cell_run_again_and_then_the_rest_gives_the_same(cell_id, used, tiny):
     notebook, first = used
-    notebook.run(cell_id, "train", **tiny)
-    assert trained(notebook) == first
+    assert trained(notebook.run(cell_id, "train", **tiny)) == first
     assert len(notebook.fetch("samples")) == tiny["epochs"]
     assert notebook.fetch("train_steps.experimental_get_tracing_count()") == 1  # compiled once
 
@@ -41,12 +40,10 @@ def test_changed_hyperparameters_give_what_a_restart_gives(used, tiny):
     parameters, results = dict(tiny), [first]
     for name, value in OTHER.items():  # one after the other, so that each could leave a trace
         parameters[name] = value
-        notebook.run("parameters", "train", **parameters)
-        results.append(trained(notebook))
+        results.append(trained(notebook.run("parameters", "train", **parameters)))
         assert results[-1] != results[-2], name
     assert trained(Notebook(pictures=False).run(last="train", **parameters)) == results[-1]
-    notebook.run("parameters", "train", **tiny)
-    assert trained(notebook) == first
+    assert trained(notebook.run("parameters", "train", **tiny)) == first
 
 
 ODD_HIDDEN_PART = """def hidden_part(x, widths, skips=False):
@@ -73,23 +70,20 @@ def test_own_layers_and_an_own_likelihood_train_start_afresh_and_are_kept(tiny, 
     networks.source = re.sub(r"def hidden_part(.|\n)*?return x\n", ODD_HIDDEN_PART, networks.source)
     loss.source = loss.source.replace("likelihoods = {", LAPLACE)
     own = {"output_dir": str(tmp_path), "likelihood": "laplace", "encoder_sees_digit": False}
-    notebook.run(**tiny, **own)
-    first = trained(notebook)
+    first = trained(notebook.run(**tiny, **own))
     moving = "[v for v in encoder.non_trainable_variables if 'moving_mean' in v.path]"
     assert notebook.fetch(f"min(np.abs(v).max() for v in {moving})") > 0  # trained in its own mode
     losses = [notebook.fetch("evaluate(test_images, test_digits)") for _ in range(2)]
     assert losses[0] == losses[1]  # evaluated in its own mode: nothing drops out
-    test_vae_losses, *kept_losses = notebook.fetch(
-        "history['test_vae_loss'], results['vae_loss'], results['laplace_vae_loss']"
-    )
-    assert kept_losses == [test_vae_losses[-1]] * 2 == [losses[0]["vae_loss"]] * 2
-    assert np.all(np.diff(test_vae_losses) < 0)
+    test_losses, results = notebook.fetch("history['test_vae_loss'], results")
+    of_the_last = [results["vae_loss"], results["laplace_vae_loss"], losses[0]["vae_loss"]]
+    assert of_the_last == [test_losses[-1]] * 3
+    assert np.all(np.diff(test_losses) < 0)
     assert "laplace likelihood" in printed(notebook.cell("density"))
     drawn = "{}.predict([styles[0], np.eye(10)], verbose=0)"
     images = [notebook.fetch(drawn.format(decoder)) for decoder in ("decoder", "kept.decoder")]
     np.testing.assert_array_equal(*images)
-    notebook.run("train", "train")
-    assert trained(notebook) == first
+    assert trained(notebook.run("train", "train")) == first
 
 
 def assert_consistent(notebook, finished):
