@@ -273,6 +273,20 @@ def dense_by_digit(x, digit_probs, units, name=None):
     return ops.sum(of_each_digit * ops.expand_dims(digit_probs, axis=2), axis=1)
 
 
+def look_at_spots(networks, seed):
+    """Narrow the initial weights of each first unit of Keras models to a random spot of the image.
+
+    A spot is a Gaussian with a standard deviation of 2.5 pixels; the variance of all of a unit's
+    weights stays as it was. A network whose first weights are not [784, units] is left as it is.
+    """
+    random, position = np.random.default_rng(seed), np.indices([SIDE, SIDE]).reshape(2, -1, 1)
+    for kernel in [network.trainable_variables[0] for network in networks]:
+        if kernel.shape[:-1] == (PIXELS,):
+            centre = random.uniform(4, SIDE - 4, [2, 1, kernel.shape[1]])
+            window = np.exp(-np.sum((position - centre) ** 2, axis=0) / (2 * 2.5**2))
+            kernel.assign(kernel * window / np.sqrt(np.mean(window**2, axis=0)))
+
+
 def snapshot(owners):
     """Return a function that puts all variables of Keras models or optimizers back as they are."""
     kept = [(variable, variable.numpy()) for owner in owners for variable in owner.variables]

@@ -38,6 +38,19 @@ def test_losses_are_a_negative_log_density_and_cross_entropies_of_grey_and_of_di
     np.testing.assert_allclose(names.classification_loss(digits, logits), expected, rtol=1e-5)
 
 
+def test_units_begin_with_a_spot_of_the_image_each(small_npz):
+    names = Notebook().run(last="networks", data_path=str(small_npz)).module
+    places = np.indices([28, 28]).reshape(2, -1)
+    for network in (names.encoder, names.digit_classifier):
+        squares = network.trainable_variables[0].numpy().astype(np.float64) ** 2  # [784, units]
+        shares = squares / squares.sum(axis=0)
+        centre = places @ shares  # [axis, units]
+        spread = np.sqrt(places**2 @ shares - centre**2)
+        assert spread.max() < 3  # of weights of all pixels: 8
+        assert np.all(np.ptp(centre, axis=1) > 14)
+        assert np.mean(squares) == pytest.approx(2 / (784 + squares.shape[1]), rel=0.05)  # Glorot's
+
+
 def test_whom_the_losses_train_and_that_keys_decide_their_noise(notebook, monkeypatch):
     names = notebook.module
     networks = names.encoder, names.decoder, names.digit_classifier
