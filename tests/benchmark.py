@@ -155,7 +155,8 @@ def pytorch(parameters):
     own_style = torch.nn.Linear(z_dim, 10 * z_dim)
     decoder = Network(2 * z_dim + 10, widths[::-1], 784, skips=True)
     weights = [w for net in (encoder, classifier, own_style, decoder) for w in net.parameters()]
-    optimizer = torch.optim.SGD(weights, names.learning_rate, names.momentum, nesterov=True)
+    options = {"momentum": names.momentum, "nesterov": True, "weight_decay": 0.003}
+    optimizer = torch.optim.SGD(weights, names.learning_rate, **options)
     position, half_periods = torch.arange(28.0), torch.arange(4.0)
     waves = torch.cos(math.pi * half_periods[:, None] * (position + 0.5) / 28)
     amplitudes = names.distortion / (1 + torch.hypot(half_periods[:, None], half_periods))
