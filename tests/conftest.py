@@ -1,9 +1,8 @@
-"""What the tests share: small real data, and the notebook run here or in a real kernel."""
+"""What the tests share: the notebook in a real kernel, and small sets of real digits."""
 
 import base64
 import contextlib
 import copy
-import gc
 import os
 import pickle
 import resource
@@ -19,8 +18,7 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from nbclient import NotebookClient
-from nbconvert.preprocessors import ClearOutputPreprocessor
-from nbformat.v4 import new_code_cell, new_output
+from nbformat.v4 import new_code_cell
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -28,102 +26,33 @@ import vae_helpers  # noqa: E402
 
 NOTEBOOK = nbformat.read(ROOT / "vae2.ipynb", as_version=4)
 CODE = {cell.id: cell for cell in NOTEBOOK.cells if cell.cell_type == "code"}
-CODE_CELLS = [*CODE]
-RESULT_CELLS = CODE_CELLS[CODE_CELLS.index("train") + 1 :]
 
 # Settings with which the notebook trains in seconds.
-SMALL = {"epochs": 3, "batch_size": 50, "hidden_layers": [64], "z_dim": 4, "learning_rate": 0.01}
+SMALL = {"epochs": 2, "batch_size": 50, "hidden_layers": [64], "z_dim": 4, "learning_rate": 0.01}
 
 
 def pytest_configure():
-    """Let tests compile quickly, and two processes of them share two cores."""
-    # Most of the time would go into optimizing programs that then run for a blink. The tests of
-    # whole runs and of front ends take this back: there, XLA compiles as it does for a user.
+    """Let XLA compile quickly, since the small programs of the tests run only for a moment."""
     quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     os.environ.update(XLA_FLAGS=quick, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
 
-def pytest_collection_modifyitems(items):
-    """Run the basics first, so that a broken one is known at once; kernels and browsers last."""
-    order = "settings figures losses data handwriting results reruns kernels compare frontends"
-    items.sort(key=lambda item: order.split().index(item.path.stem.split("_")[1]))
-
-
 def assignments(parameters):
-    """Return the source of a cell that assigns these parameters."""
+    """Return source that assigns these parameters."""
     return "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
 
 
-class Notebook:
-    """The notebook, run cell by cell in this process, which has TensorFlow already.
-
-    It has a namespace of its own; figures that cells show are made into pictures if asked for.
-    """
-
-    def __init__(self, *, pictures=True):
-        self.notebook = copy.deepcopy(NOTEBOOK)
-        ClearOutputPreprocessor().preprocess(self.notebook, {})
-        self.module = types.ModuleType("__main__")
-        self._pictures = pictures
-        gc.collect()
-        gc.freeze()  # `report_epoch` collects anew: only what this notebook adds, to be fast
-
-    def cell(self, cell_id):
-        """Return the cell with this id."""
-        (cell,) = [cell for cell in self.notebook.cells if cell["id"] == cell_id]
-        return cell
-
-    def execute(self, source):
-        """Run source in a cell that is at the notebook's end for as long; return that cell."""
-        self.notebook.cells.append(new_code_cell(source))
-        self.execute_cell(self.notebook.cells[-1], len(self.notebook.cells) - 1)
-        return self.notebook.cells.pop()
-
-    def run(self, first="setup", last=CODE_CELLS[-1], **parameters):
-        """Run the cells from `first` to `last`, with parameters set after the parameters cell."""
-        for cell_id in CODE_CELLS[CODE_CELLS.index(first) : CODE_CELLS.index(last) + 1]:
-            cell = self.cell(cell_id)
-            self.execute_cell(cell, self.notebook.cells.index(cell))
-            if cell_id == "parameters":
-                self.execute(assignments(parameters))
-        return self
-
-    def execute_cell(self, cell, _):
-        """Run a cell, keep its outputs and return it."""
-        shell = InteractiveShell.instance()
-        if shell.user_module is not self.module:
-            shell.user_module, shell.user_ns = self.module, vars(self.module)
-            shell.init_user_ns()
-        shell.display_formatter.formatters["image/png"].enabled = self._pictures
-        with capture_output() as captured:
-            result = shell.run_cell(cell.source, store_history=True)
-        streams = {"stdout": captured.stdout, "stderr": captured.stderr}
-        cell.outputs = [new_output("stream", name=n, text=x) for n, x in streams.items() if x]
-        for output in captured.outputs:
-            if output.update:
-                cell.outputs.pop()
-            cell.outputs.append(new_output("display_data", output.data))
-        result.raise_error()
-        if result.result is not None:
-            data, _ = shell.display_formatter.format(result.result)
-            cell.outputs.append(new_output("execute_result", data))
-        return cell
-
-    def fetch(self, expression, **names):
-        """Give the notebook these names and return the value of an expression there."""
-        vars(self.module).update(names)
-        return eval(expression, vars(self.module))
-
-
-class Kernel(Notebook):
-    """The notebook in a kernel of its own, started in a folder with `env` beside our variables."""
+class Kernel:
+    """A copy of the notebook in a kernel of its own, which starts in a folder."""
 
     def __init__(self, folder=ROOT, **env):
-        super().__init__()
+        self.notebook = copy.deepcopy(NOTEBOOK)
+        for cell in self.notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs = []
         self.client = NotebookClient(self.notebook, timeout=600)
-        self.execute_cell = self.client.execute_cell
         env = {**os.environ, **env}
-        env.pop("PYTEST_CURRENT_TEST", None)  # with it, ipykernel would not show what C++ writes
+        env.pop("PYTEST_CURRENT_TEST", None)  # with it, ipykernel shows no output of C++
         self._setup = self.client.setup_kernel(cwd=str(folder), env=env)
 
     def __enter__(self):
@@ -133,29 +62,48 @@ class Kernel(Notebook):
     def __exit__(self, *error):
         return self._setup.__exit__(*error)
 
-    def fetch(self, expression, **names):
-        """Give the kernel these names and return the value of an expression there."""
-        source = f"import pickle\nglobals().update(pickle.loads({pickle.dumps(names)!r}))\n"
-        cell = self.execute(f"{source}print(pickle.dumps(({expression})).hex())")
+    def cell(self, cell_id):
+        """Return the cell with this id."""
+        return next(cell for cell in self.notebook.cells if cell["id"] == cell_id)
+
+    def run(self, first="setup", last=None, skip=(), **parameters):
+        """Run the cells from `first` to `last`; set parameters after the parameters cell."""
+        cell_ids = list(CODE)
+        start = cell_ids.index(first)
+        stop = cell_ids.index(last) + 1 if last else len(cell_ids)
+        for cell_id in cell_ids[start:stop]:
+            if cell_id not in skip:
+                cell = self.cell(cell_id)
+                self.client.execute_cell(cell, self.notebook.cells.index(cell))
+                if cell_id == "parameters":
+                    self.execute(assignments(parameters))
+        return self
+
+    def execute(self, source):
+        """Run source in a cell at the end of the notebook, and remove it; return that cell."""
+        self.notebook.cells.append(new_code_cell(source))
+        try:
+            self.client.execute_cell(self.notebook.cells[-1], len(self.notebook.cells) - 1)
+        finally:
+            cell = self.notebook.cells.pop()
+        return cell
+
+    def fetch(self, expression):
+        """Return the value of an expression in the kernel."""
+        cell = self.execute(f"import pickle\nprint(pickle.dumps(({expression})).hex())")
         return pickle.loads(bytes.fromhex(printed(cell)))
 
 
 def notebook_with(folder, **parameters):
     """Write the notebook with these parameters and its helper into a folder; return its path."""
-    written, path = Notebook(), folder / "vae2.ipynb"
-    written.cell("parameters").source += f"\n{assignments(parameters)}"
-    nbformat.write(written.notebook, path)
+    notebook = copy.deepcopy(NOTEBOOK)
+    for cell in notebook.cells:
+        if cell.id == "parameters":
+            cell.source += f"\n{assignments(parameters)}"
+    path = Path(folder, "vae2.ipynb")
+    nbformat.write(notebook, path)
     shutil.copy(ROOT / "vae_helpers.py", folder)
     return path
-
-
-def trained(notebook):
-    """Return what training leaves, its arrays as hashes: equal if it is the same bit for bit."""
-    weights = "[weight for network in networks for weight in network.get_weights()]"
-    history, samples, weights = notebook.fetch(f"(history, samples, {weights})")
-    assert {len(values) for values in history.values()} == {len(samples)}
-    arrays = [(array.shape, hash(array.tobytes())) for array in (samples, *weights)]
-    return {**history, "seconds": None, "arrays": arrays}
 
 
 def printed(cell):
@@ -164,29 +112,14 @@ def printed(cell):
 
 
 def pictures(cell):
-    """Return the bytes of the PNG pictures that a cell shows."""
-    shown = [output.get("data", {}).get("image/png") for output in cell.outputs]
-    return [base64.b64decode(p) if isinstance(p, str) else p for p in shown if p]
-
-
-def wait_for(condition, seconds=300):
-    """Return a condition's value as soon as it is true."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
-    return value
-
-
-@contextlib.contextmanager
-def full_disk(size):
-    """Let no file grow beyond so many bytes: writing fails in the middle, as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    """Return the bytes of the PNG and GIF pictures that a cell shows."""
+    found = []
+    for output in cell.outputs:
+        for mime_type in ("image/png", "image/gif"):
+            content = output.get("data", {}).get(mime_type)
+            if content:
+                found.append(base64.b64decode(content))
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -215,17 +148,39 @@ def small_npz(small_arrays, tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="session")
-def tiny(small_arrays, tmp_path_factory):
-    """Return settings for runs whose size is not the point, on 600 and 100 images."""
-    path = tmp_path_factory.mktemp("data") / "tiny.npz"
-    few = {name: a[: 600 if "train" in name else 100] for name, a in small_arrays.items()}
-    np.savez_compressed(path, **few)
-    fewer = {"epochs": 2, "hidden_layers": [32], "batch_size": 60}
-    return {**SMALL, **fewer, "data_path": str(path)}
+def wait_for(condition, seconds=60):
+    """Return the value of a condition as soon as it is true."""
+    end = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise TimeoutError("what the test waits for did not happen")
+        time.sleep(0.05)
 
 
-@pytest.fixture(scope="session")
-def notebook(small_npz):
-    """Return the notebook, run as a whole on small settings and small data."""
-    return Notebook().run(data_path=str(small_npz), **SMALL)
+@contextlib.contextmanager
+def full_disk(size):
+    """Let no file grow beyond `size` bytes: writing fails in the middle, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def run_cells(cell_ids, **parameters):
+    """Run cells of the notebook in this process, without figures; return their namespace."""
+    shell = InteractiveShell.instance()
+    module = types.ModuleType("notebook")
+    shell.user_module = module
+    shell.user_ns = vars(module)
+    shell.init_user_ns()
+    for cell_id in cell_ids:
+        with capture_output():
+            shell.run_cell(CODE[cell_id].source).raise_error()
+            if cell_id == "parameters":
+                shell.run_cell(assignments(parameters)).raise_error()
+    return module

@@ -1,116 +1,168 @@
-"""Measure how good the trained notebook is, as README's table says: python tests/quality.py.
+"""Measure the models of the notebook for the tables of README: python tests/quality.py [NAME ...].
 
-It needs the real MNIST, which the environment variable MNIST_PATH names. It runs the notebook in
-a kernel once for each row and has ten thousand generated images read by an independent judge: a
-convolutional network that is trained here, on real images alone. Its last hidden layer also says
-how far generated and reconstructed images are, as a whole, from the test images.
+The environment variable MNIST_PATH names the real mnist.npz. Each row of the tables is a run of
+the notebook in a kernel of its own, for one or more seeds; NAMEs choose rows. An independent judge,
+a convolutional network that is trained here on real images only, classifies ten thousand generated
+images. Its last hidden layer gives the features for the Fréchet distance (Heusel et al., "GANs
+trained by a two time-scale update rule converge to a local Nash equilibrium", 2017).
 """
 
-import ast
 import os
-import re
 import sys
+import tempfile
+from pathlib import Path
 
 import keras
 import numpy as np
+import pandas as pd
 import scipy.linalg
-from conftest import ROOT, Kernel, vae_helpers
+from conftest import Kernel, vae_helpers
 
-# The last column of README's table of hyperparameters.
-README_ROWS = re.findall(r"^`(\w+)` \|.*\| `(.+)`$", (ROOT / "README.md").read_text(), re.M)
-ARTICLE = {name: ast.literal_eval(value) for name, value in README_ROWS}
+FIVE_SEEDS = [0, 1, 2, 3, 4]
 RUNS = {
-    "this notebook": {},
-    "this notebook, 10 epochs": {"epochs": 10},
-    'this notebook, `likelihood = "bernoulli"`': {"likelihood": "bernoulli"},
-    "the article's settings": ARTICLE,
-    "the article's settings, 1 epoch": {**ARTICLE, "epochs": 1},
+    "full": ({}, FIVE_SEEDS),
+    "10 epochs": ({"epochs": 10}, FIVE_SEEDS),
+    "one hidden layer of 128 sigmoid units": (
+        {"hidden_layers": [128], "activation": "sigmoid"},
+        [0],
+    ),
+    "encoder_sees_digit = False": ({"encoder_sees_digit": False}, [0]),
+    "decoder_skips = False": ({"decoder_skips": False}, [0]),
+    "stop_gradient = False": ({"stop_gradient": False}, [0]),
+    "asked_digit_weight = 0": ({"asked_digit_weight": 0.0}, [0]),
+    "distortion = 0": ({"distortion": 0.0}, [0]),
 }
-SEEDS = (0, 1, 2, 3, 4)
 
 
 def train_judge(data, epochs=6):
-    """Return a model, trained on shifted images: its last hidden layer [N, 128], logits [N, 10]."""
+    """Return a Keras model: bytes [N, 784] → its last hidden layer [N, 128] and logits [N, 10]."""
     keras.utils.set_random_seed(1)
-    layers = [keras.layers.Rescaling(1 / 255), keras.layers.Reshape([28, 28, 1])]
-    layers.append(keras.layers.RandomTranslation(0.07, 0.07, fill_mode="constant"))
-    for filters, strides in ((32, 1), (32, 2), (64, 1), (64, 2)):
-        layers.append(keras.layers.Conv2D(filters, 3, strides, "same", activation="relu"))
-        layers.append(keras.layers.BatchNormalization())
-    head = [keras.layers.Flatten(), keras.layers.Dense(128, "relu"), keras.layers.Dense(10)]
-    judge = keras.Sequential([keras.Input([784]), *layers, *head])
+    judge = keras.Sequential([keras.Input([784])])
+    judge.add(keras.layers.Rescaling(1 / 255))
+    judge.add(keras.layers.Reshape([28, 28, 1]))
+    judge.add(keras.layers.RandomTranslation(0.07, 0.07, fill_mode="constant"))
+    for filters, strides in [(32, 1), (32, 2), (64, 1), (64, 2)]:
+        judge.add(keras.layers.Conv2D(filters, 3, strides, "same", activation="relu"))
+        judge.add(keras.layers.BatchNormalization())
+    judge.add(keras.layers.Flatten())
+    judge.add(keras.layers.Dense(128, "relu"))
+    judge.add(keras.layers.Dense(10))
     steps = epochs * -(-len(data.x_train) // 128)
-    adam = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.002, steps))
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    judge.compile(adam, loss, metrics=["accuracy"])
+    judge.compile(
+        keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.002, steps)),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
     judge.fit(data.x_train, data.y_train, batch_size=128, epochs=epochs, verbose=2)
-    return keras.Model(judge.inputs, [layer.output for layer in judge.layers[-2:]])
+    return keras.Model(judge.inputs, [judge.layers[-2].output, judge.layers[-1].output])
 
 
-def look(judge, images):
-    """Return the judge's features [N, 128] of images [N, 784] in [0, 255] and digits [N]."""
+def features_and_digits(judge, images):
+    """Return the judge's features [N, 128] and digits [N] for images [N, 784] in [0, 255]."""
     features, digit_logits = judge.predict(images, batch_size=500, verbose=0)
     return features.astype(np.float64), digit_logits.argmax(axis=1)
 
 
-def frechet_distance(features, others):
-    """Return how far Gaussians of features [N, 128] are, 0 if alike (Heusel et al., 2017)."""
-    covariance, other = np.cov(features.T), np.cov(others.T)
-    roots = np.sqrt(scipy.linalg.eigvals(covariance @ other).real.clip(min=0))
-    moved = features.mean(axis=0) - others.mean(axis=0)
-    return moved @ moved + np.trace(covariance) + np.trace(other) - 2 * roots.sum()
+def frechet_distance(features, other_features):
+    """Return the Fréchet distance of Gaussians fitted to features [N, 128]; 0 if they are equal."""
+    covariance = np.cov(features.T)
+    other_covariance = np.cov(other_features.T)
+    eigenvalues = scipy.linalg.eigvals(covariance @ other_covariance)
+    trace_of_root = np.sqrt(eigenvalues.real.clip(min=0)).sum()
+    mean_difference = features.mean(axis=0) - other_features.mean(axis=0)
+    traces = np.trace(covariance) + np.trace(other_covariance)
+    return mean_difference @ mean_difference + traces - 2 * trace_of_root
 
 
-def measure(judge, digits, test_features, parameters):
-    """Run the notebook, ask it for `digits` [N]; return its row by column and decimal places."""
-    with Kernel() as kernel:
-        kernel.run(last="uses", **parameters)
-        history, weight, samples = kernel.fetch("history, classification_weight, samples")
-        training = kernel.fetch("evaluate(data.x_train / np.float32(255), data.y_train)")
-        styles = "np.random.default_rng(1).standard_normal([10_000, z_dim])"
-        images = kernel.fetch(f"generate({styles}, np.eye(10)[digits])", digits=digits)
-        reconstructions = kernel.fetch("generate(*infer(test_images)[::2])")
-        rows = np.concatenate([samples, kernel.fetch(f"generate_all_digits({styles}[:1000])")])
+# Run in the notebook's kernel: what is measured of a model, in a file.
+EXPORT = """
+def export(vae, history, samples):
+    z = np.random.default_rng(1).standard_normal([10_000, vae.settings.z_dim])
+    z_mean, _, digit_probs = vae.infer(test_images)
+    training_losses = evaluate(vae, data.x_train / np.float32(255), data.y_train)
+    np.savez(
+        {path!r},
+        samples=samples,
+        generated=vae.generate(z, np.eye(10)[np.arange(10_000) % 10]),
+        reconstructed=vae.generate(z_mean, digit_probs),
+        training_vae_loss=training_losses["vae_loss"],
+        **history,
+    )
 
-    features, read = look(judge, 255 * images)
-    reconstructed_features, _ = look(judge, 255 * reconstructions)
-    readable = look(judge, 255 * rows.reshape(-1, 784))[1].reshape(-1, 10) == np.arange(10)
-    grey = np.sum(4 * rows * (1 - rows), axis=2) / np.sum(rows, axis=2)  # 0: all black and white
+export({model})
+"""
+BETTER = "vae, history, samples"
+ARTICLE = "article_vae, article_history, article_samples"
+
+
+def measure(kernel, model, judge, test_features):
+    """Return the figures of a trained model in a kernel, a dict."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder, "export.npz"))
+        kernel.execute(EXPORT.format(model=model, path=path))
+        with np.load(path) as file:
+            exported = dict(file)
+    features, digits = features_and_digits(judge, 255 * exported["generated"])
+    reconstructed_features, _ = features_and_digits(judge, 255 * exported["reconstructed"])
+    _, sample_digits = features_and_digits(judge, 255 * exported["samples"].reshape(-1, 784))
+    correct_per_row = (sample_digits.reshape(-1, 10) == np.arange(10)).sum(axis=1)
     return {
-        ("VAE loss", 1): history["test_vae_loss"][-1],
-        ("accuracy, %", 2): 100 * history["test_accuracy"][-1],
-        ("asked digit, %", 2): 100 * np.mean(read == digits),
-        ("distance, generated", 1): frechet_distance(features, test_features),
-        ("distance, reconstructed", 1): frechet_distance(reconstructed_features, test_features),
-        ("worst row of the grid, %", 0): 10 * readable[: len(samples)].sum(axis=1).min(),
-        ("rows with a digit read wrongly, %", 1): 100 * np.mean(~readable.all(axis=1)),
-        ("grey in a row's greyest digit", 3): np.mean(grey.max(axis=1)),
-        ("training set: VAE loss", 1): training["vae_loss"],
-        ("weighted classification loss", 2): weight * training["classification_loss"],
-        ("seconds an epoch", 1): np.median(history["seconds"]),
+        "VAE loss": exported["test_vae_loss"][-1],
+        "accuracy, %": 100 * exported["test_accuracy"][-1],
+        "requested digit, %": 100 * np.mean(digits == np.arange(10_000) % 10),
+        "Fréchet, generated": frechet_distance(features, test_features),
+        "Fréchet, reconstructed": frechet_distance(reconstructed_features, test_features),
+        "worst row, %": 10 * correct_per_row.min(),
+        "last row, %": 10 * correct_per_row[-1],
+        "training set: VAE loss": float(exported["training_vae_loss"]),
+        "seconds": exported["seconds"].sum(),
     }
+
+
+def summarize(rows):
+    """Return the median of each figure, with the range where there are several runs."""
+    table = pd.DataFrame(rows)
+    texts = {}
+    for name in table:
+        values = table[name]
+        texts[name] = f"{values.median():.2f}"
+        if len(values) > 1:
+            texts[name] += f" ({values.min():.2f} to {values.max():.2f})"
+    return texts
 
 
 def main():
     """Train the judge, run the notebook for each row and seed, and print the table."""
     path = os.environ.get("MNIST_PATH") or sys.exit("MNIST_PATH must name an mnist.npz")
+    names = sys.argv[1:] or RUNS
     data = vae_helpers.load_mnist(path)
     judge = train_judge(data)
-    test_features, read = look(judge, data.x_test)
-    floor = frechet_distance(look(judge, data.x_train[:10_000])[0], test_features)
-    print(f"The judge reads {np.mean(read == data.y_test):.2%} of the test images right.")
-    print(f"By its features, 10,000 training images are {floor:.1f} from the test images.\n")
-    for name, parameters in RUNS.items():
-        runs = [{**parameters, "data_path": path, "seed": seed} for seed in SEEDS]
-        seeds = [measure(judge, data.y_test, test_features, run) for run in runs]
-        if parameters is RUNS["this notebook"]:  # the first row
-            print(f"| median of seeds {SEEDS} (range) | {' | '.join(c for c, _ in seeds[0])} |")
-            print("|---" * (1 + len(seeds[0])) + "|")
-        cells = [
-            f"{np.median(values):.{places}f} ({min(values):.{places}f} to {max(values):.{places}f})"
-            for (_, places), *values in zip(seeds[0], *(s.values() for s in seeds), strict=True)
-        ]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    test_features, digits = features_and_digits(judge, data.x_test)
+    training_features, _ = features_and_digits(judge, data.x_train[:10_000])
+    floor = frechet_distance(training_features, test_features)
+    print(
+        f"{data.name}: the judge classifies {np.mean(digits == data.y_test):.2%} of the test set."
+    )
+    print(f"The Fréchet distance of 10,000 training images from the test set is {floor:.1f}.")
+    table = {}
+    for name in names:
+        settings, seeds = RUNS[name]
+        rows = []
+        article_rows = []
+        for seed in seeds:
+            with Kernel() as kernel:
+                with_article = name == "full"
+                skip = ["article-losses", "judge", "measure"]
+                if not with_article:
+                    skip.append("train-article")
+                kernel.run(last="train-better", skip=skip, data_path=path, seed=seed, **settings)
+                if with_article:
+                    article_rows.append(measure(kernel, ARTICLE, judge, test_features))
+                rows.append(measure(kernel, BETTER, judge, test_features))
+                print(name, seed, rows[-1], *article_rows[-1:], flush=True)
+        table[name] = summarize(rows)
+        if article_rows:
+            table["the article's model"] = summarize(article_rows)
+    print(pd.DataFrame(table).T.to_string())
 
 
 if __name__ == "__main__":

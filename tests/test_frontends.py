@@ -105,7 +105,7 @@ def test_a_person_runs_the_notebook_and_plays(front_end, server, page):
     last_prompt = cell(page, CODE_CELLS[-1]).locator(".jp-InputPrompt")
 
     # The digit grid is seen to grow in its place, and all figures are there in the end.
-    results = cell(page, "train").locator(".jp-OutputArea-output")
+    results = cell(page, "train-better").locator(".jp-OutputArea-output")
     for _ in range(2):
         expect_change(results.locator("img").first)
     expect(last_prompt).to_have_text(f"[{len(CODE_CELLS)}]:")
@@ -118,12 +118,13 @@ def test_a_person_runs_the_notebook_and_plays(front_end, server, page):
     play.scroll_into_view_if_needed()
     expect(play.locator(".widget-slider").first).to_be_visible()
     expect(page.locator(IDLE)).to_be_visible()
-    image = play.locator(".jupyter-widgets img").first
+    image = play.locator("img.widget-image").nth(1)  # all digits; the first is the framed digit
     slider = play.locator(".noUi-base").first
     expect_change(image, lambda: slider.click(position={"x": 15, "y": 1}, force=True))
     if front_end == "lab/tree":  # Notebook 7 keeps arrow keys for itself
         expect_change(image, lambda: play.locator(".noUi-handle").first.press("ArrowRight"))
-    expect_change(image, play.get_by_role("button", name="8", exact=True).click)
+    one_digit = play.locator("img.widget-image").nth(2)
+    expect_change(one_digit, play.get_by_role("button", name="8", exact=True).click)
     expect_change(image, play.get_by_role("button", name="new style").click)
 
     # A hyperparameter is changed and the cells below run again.
@@ -144,7 +145,7 @@ def test_html_shows_all_figures_in_place_of_sliders(page, tmp_path):
     (tmp_path / "vae2.html").write_text(html)
     page.route(re.compile("^https?://"), lambda route: route.abort())  # MathJax: no network here
     page.goto((tmp_path / "vae2.html").as_uri())
-    assert {"train", "play"} <= set(FIGURES)
+    assert {"train-article", "train-better", "picture"} <= set(FIGURES)
     for figure in FIGURES:
         image = page.locator(f"[id='cell-id={figure}'] .jp-RenderedImage img")
         expect(image).to_be_visible()
