@@ -35,7 +35,7 @@ from scipy import ndimage
 
 SIDE = 28  # pixels along one side of an image
 PIXELS = SIDE * SIDE
-DIGITS = 10  # classes
+DIGIT_COUNT = 10  # classes
 
 
 # Start
@@ -248,8 +248,8 @@ def _check_array(key, array):
     if key.startswith("y"):
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise ValueError(f"{found}; labels must be integers [N]")
-        if not np.isin(array, range(DIGITS)).all():
-            raise ValueError(f"{key} has labels outside 0 to {DIGITS - 1}")
+        if not np.isin(array, range(DIGIT_COUNT)).all():
+            raise ValueError(f"{key} has labels outside 0 to {DIGIT_COUNT - 1}")
         return array.astype(np.int32)
     if array.dtype != np.uint8 or array.shape[1:] != (SIDE, SIDE) or len(array) == 0:
         raise ValueError(f"{found}; images must be uint8 [N, {SIDE}, {SIDE}]")
@@ -317,8 +317,8 @@ def dense_by_digit(x, digit_probs, units, name=None):
     """
     from keras import layers, ops
 
-    outputs = layers.Dense(DIGITS * units, name=name)(x)
-    outputs = layers.Reshape([DIGITS, units])(outputs)
+    outputs = layers.Dense(DIGIT_COUNT * units, name=name)(x)
+    outputs = layers.Reshape([DIGIT_COUNT, units])(outputs)
     digit_probs = ops.expand_dims(digit_probs, axis=2)  # [batch, 10, 1]
     # XLA runs a product and a sum faster than a batch of small matrix products.
     return ops.sum(outputs * digit_probs, axis=1)
@@ -423,7 +423,9 @@ def show(figure):
     display(figure_image(figure))
 
 
-def plot_digit_grid(images, *, row_labels=None, column_labels=range(DIGITS), title=None, ax=None):
+def plot_digit_grid(
+    images, *, row_labels=None, column_labels=range(DIGIT_COUNT), title=None, ax=None
+):
     """Draw images [rows, columns, 784] in [0, 1] side by side; return the Figure.
 
     They are drawn in the Axes `ax`, or in a new Figure if that is `None`. ValueError: the images
@@ -465,7 +467,7 @@ def plot_samples(samples, epochs, title=None, ax=None):
 
     At most 40 rows are drawn, evenly spaced over the epochs.
     """
-    grid = np.zeros([epochs, DIGITS, PIXELS])
+    grid = np.zeros([epochs, DIGIT_COUNT, PIXELS])
     grid[: len(samples)] = samples
     shown = np.unique(np.linspace(0, epochs - 1, 40).astype(int))
     labels = [f"epoch {epoch + 1}" for epoch in shown]
@@ -490,9 +492,11 @@ def plot_losses(history, title=None):
     axes = _new_axes(1, 2, figsize=(9, 3.4))
     names = {"vae_loss": "VAE loss", "classification_loss": "classification loss"}
     for ax, (key, name) in zip(axes, names.items(), strict=True):
-        epochs = np.arange(1, len(history[key]) + 1)
-        ax.plot(epochs, history[key], "o-", markersize=4, label="training set")
-        ax.plot(epochs, history[f"test_{key}"], "s--", markersize=4, label="test set")
+        training_losses = history.get(key, [])  # empty if the first epoch failed
+        test_losses = history.get(f"test_{key}", [])
+        epochs = np.arange(1, len(training_losses) + 1)
+        ax.plot(epochs, training_losses, "o-", markersize=4, label="training set")
+        ax.plot(epochs, test_losses, "s--", markersize=4, label="test set")
         ax.set(title=name, xlabel="epoch", ylabel="nats per image")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
@@ -511,7 +515,7 @@ def plot_styles(z_mean, digits, title=None):
     pca = PCA(n_components=2)
     position = pca.fit_transform(z_mean)  # [N, 2]
     ax = _new_axes(figsize=(5.2, 4.6))
-    for digit in range(DIGITS):
+    for digit in range(DIGIT_COUNT):
         x, y = position[np.equal(digits, digit)].T
         ax.scatter(x, y, s=28, marker=f"${digit}$", color=f"C{digit}", linewidths=0)
     shares = pca.explained_variance_ratio_
@@ -534,7 +538,7 @@ def plot_confusions(pairs_by_label, title=None):
     axes = _new_axes(1, count, figsize=(4.4 * count, 4.7), squeeze=False)[0]
     for ax, (label, (digits, judged_digits)) in zip(axes, pairs_by_label.items(), strict=True):
         percent = 100 * confusion_matrix(
-            digits, judged_digits, labels=range(DIGITS), normalize="true"
+            digits, judged_digits, labels=range(DIGIT_COUNT), normalize="true"
         )
         matrix = ConfusionMatrixDisplay(percent)
         matrix.plot(
@@ -643,8 +647,8 @@ def plot_reading(picture, framed, digit_probs, all_digits, title=None):
     middle.set_title("as the model sees it", fontsize="medium")
     for ax in (left, middle):
         ax.set(xticks=[], yticks=[])
-    right.bar(range(DIGITS), digit_probs)
-    right.set(xticks=range(DIGITS), ylim=(0, 1), xlabel="digit", ylabel="probability")
+    right.bar(range(DIGIT_COUNT), digit_probs)
+    right.set(xticks=range(DIGIT_COUNT), ylim=(0, 1), xlabel="digit", ylabel="probability")
     plot_digit_grid(all_digits, title="all digits in this style", ax=bottom.subplots())
     figure.suptitle(title, fontsize="medium")
     return figure
@@ -662,7 +666,7 @@ def make_animation(images, frames_per_second=12):
     """Return the bytes of a GIF that shows images [frames, 10, 784] in [0, 1], in two rows."""
     frames = []
     for digits in np.asarray(images):
-        tiled = _tile(digits.reshape(2, DIGITS // 2, PIXELS))
+        tiled = _tile(digits.reshape(2, DIGIT_COUNT // 2, PIXELS))
         frame = Image.fromarray(np.uint8(255 * (1 - tiled.clip(0, 1))))
         frame = frame.resize([2 * side for side in frame.size], Image.Resampling.BICUBIC)
         frames.append(frame.quantize(16))
@@ -690,7 +694,7 @@ def make_play_panel(dimensions):
 
     pad = Paint(height=280, width=280, brush=False, eraser=False, color_picker=False)
     framed_image = widgets.Image(width=112, height=112)
-    bars = [widgets.FloatProgress(max=1, description=str(digit)) for digit in range(DIGITS)]
+    bars = [widgets.FloatProgress(max=1, description=str(digit)) for digit in range(DIGIT_COUNT)]
 
     def show_reading(framed, digit_probs):
         framed_image.value = digits_png(framed[None, None])
@@ -700,7 +704,7 @@ def make_play_panel(dimensions):
     sliders = {}
     for dimension in dimensions:
         sliders[dimension] = widgets.FloatSlider(min=-4, max=4, description=f"z[{dimension}]")
-    digit = widgets.ToggleButtons(options=range(DIGITS), style={"button_width": "2.5em"})
+    digit = widgets.ToggleButtons(options=range(DIGIT_COUNT), style={"button_width": "2.5em"})
     new_style = widgets.Button(description="new style")
     play = widgets.Play(max=99, interval=120, repeat=True)
     all_digits = widgets.Image(width=700, height=70)

@@ -151,7 +151,7 @@ def main():
         for seed in seeds:
             with Kernel() as kernel:
                 with_article = name == "full"
-                skip = ["article-losses", "judge", "measure"]
+                skip = ["article-losses", "article-results"]
                 if not with_article:
                     skip.append("train-article")
                 kernel.run(last="train-better", skip=skip, data_path=path, seed=seed, **settings)

@@ -13,14 +13,16 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CODE, CODE_CELLS, NOTEBOOK, SMALL, notebook_with, pictures, wait_for
+from conftest import CODE, NOTEBOOK, SMALL, notebook_with, pictures, wait_for
 from jupyter_server.serverapp import list_running_servers
 from nbconvert import HTMLExporter
 from playwright.sync_api import expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium")
 OURS = re.compile(r"vae|ipywidgets|widget|Traceback", re.IGNORECASE)
-FIGURES = [name for name, cell in CODE.items() if pictures(cell)]
+CODE_CELLS = list(CODE)
+# nbconvert's HTML shows PNG pictures, but not GIF animations.
+FIGURES = [name for name, cell in CODE.items() if pictures(cell) and name != "wander"]
 ERROR = "[data-mime-type='application/vnd.jupyter.error']"
 IDLE = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
 MINUTES = 300_000  # for what a busy machine may take long to do, in milliseconds

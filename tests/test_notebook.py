@@ -78,7 +78,7 @@ def test_the_same_settings_give_the_same_bits_here_and_in_a_new_kernel(kernel, s
     kernel.run("train-better", "train-better")
     assert kernel.fetch(TRAINED) == first
     with Kernel() as other:
-        skip = ["train-article", "article-losses", "judge", "measure"]
+        skip = ["train-article", "article-losses", "article-results"]
         other.run(last="train-better", skip=skip, data_path=str(small_npz), **SMALL)
         assert other.fetch(TRAINED) == first
 
@@ -193,7 +193,7 @@ def test_every_cell_works_on_few_images_and_a_plane_of_styles(labels, small_arra
 def test_offline_default_learns(tmp_path):
     env = {"KERAS_HOME": str(tmp_path / "no" / "where"), "https_proxy": "http://127.0.0.1:9"}
     with Kernel(XLA_FLAGS="", **env) as kernel:
-        skip = ["train-article", "article-losses", "measure"]
+        skip = ["train-article", "article-losses", "article-results"]
         kernel.run(last="train-better", skip=skip, epochs=5)
         assert "cannot be downloaded" in printed(kernel.cell("data"))
         assert kernel.fetch("data.name") == "5,000 MNIST images"
@@ -204,9 +204,9 @@ def test_offline_default_learns(tmp_path):
 
 def test_two_epochs_on_real_mnist(mnist):
     with Kernel(XLA_FLAGS="") as kernel:
-        kernel.run(last="train-better", skip=["judge", "measure"], data_path=mnist, epochs=2)
+        kernel.run(last="train-better", skip=["article-results"], data_path=mnist, epochs=2)
         article_history, history = kernel.fetch("article_history, history")
-    assert article_history["test_vae_loss"][-1] < 240
+    assert article_history["test_vae_loss"][-1] < 245
     assert history["test_vae_loss"][-1] < 230
     assert history["test_accuracy"][-1] > 0.965
 
