@@ -6,6 +6,8 @@ effects. Images are rows of 784 = 28·28 gray values: 0 is the background and 1 
 """
 
 import contextlib
+import ctypes
+import gc
 import gzip
 import hashlib
 import io
@@ -16,6 +18,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import warnings
@@ -359,6 +362,25 @@ def distort(images, strength, key):
 
 
 # Training
+
+
+def release_memory():
+    """Return memory of earlier trainings to the system, so that reruns do not fill it.
+
+    Models and compiled functions are freed by the garbage collector only, and the C library of
+    Linux keeps freed memory until it is trimmed.
+    """
+    from tensorflow.python.framework import ops
+
+    # TensorFlow registers a gradient function for each custom gradient in a compiled function,
+    # such as that of silu, and never forgets it. It keeps the whole function in memory.
+    registered = getattr(ops.gradient_registry, "_registry", {})
+    for name in [name for name in registered if name.startswith("CustomGradient")]:
+        del registered[name]
+    gc.collect()
+    c_library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(c_library, "malloc_trim"):
+        c_library.malloc_trim(0)
 
 
 @contextlib.contextmanager
