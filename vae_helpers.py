@@ -714,14 +714,20 @@ def make_play_panel(dimensions):
     import ipywidgets as widgets
     from wigglystuff import Paint
 
-    pad = Paint(height=280, width=280, brush=False, eraser=False, color_picker=False)
+    pad = Paint(height=200, width=256, brush=False, eraser=False, color_picker=False)
     framed_image = widgets.Image(width=112, height=112)
-    bars = [widgets.FloatProgress(max=1, description=str(digit)) for digit in range(DIGIT_COUNT)]
+    bars = []
+    for digit in range(DIGIT_COUNT):
+        bar = widgets.FloatProgress(max=1, description=str(digit), layout={"width": "220px"})
+        bar.layout.height = "22px"
+        bar.style.description_width = "20px"
+        bars.append(bar)
 
     def show_reading(framed, digit_probs):
         framed_image.value = digits_png(framed[None, None])
         for bar, probability in zip(bars, digit_probs, strict=True):
             bar.value = probability
+            bar.bar_style = "success" if probability == max(digit_probs) else ""
 
     sliders = {}
     for dimension in dimensions:
@@ -731,9 +737,28 @@ def make_play_panel(dimensions):
     play = widgets.Play(max=99, interval=120, repeat=True)
     all_digits = widgets.Image(width=700, height=70)
     one_digit = widgets.Image(width=140, height=140)
-    drawing = widgets.HBox([pad, framed_image, widgets.VBox(bars)])
-    choice = widgets.HBox([one_digit, widgets.VBox([digit, new_style, play])])
-    layout = widgets.VBox([drawing, all_digits, choice, *sliders.values()])
+
+    def titled(title, widget):
+        return widgets.VBox([widgets.Label(title), widget], layout={"margin": "0 24px 0 0"})
+
+    drawing = [
+        titled("Draw one digit", pad),
+        titled("As the classifier sees it", framed_image),
+        titled("Probability of each digit", widgets.VBox(bars)),
+    ]
+    choice = widgets.VBox([digit, widgets.HBox([new_style, play])])
+    columns = "repeat(2, max-content)"
+    slider_grid = widgets.GridBox(
+        list(sliders.values()), layout={"grid_template_columns": columns, "overflow": "visible"}
+    )
+    layout = widgets.VBox(
+        [
+            widgets.HBox(drawing),
+            titled("All digits in the style of the sliders", all_digits),
+            widgets.HBox([one_digit, titled("One digit in this style", choice)]),
+            titled("The style: the dimensions of z, the most used first", slider_grid),
+        ]
+    )
     return SimpleNamespace(
         pad=pad,
         show_reading=show_reading,

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machin
 @pytest.fixture
 def server(small_npz, tmp_path):
     """Start JupyterLab, which brings Notebook 7, beside the notebook; yield address and token."""
-    parameters = {**SMALL, "epochs": 12, "hidden_layers": [128, 64], "batch_size": 20}
+    parameters = {**SMALL, "epochs": 60, "hidden_layers": [128, 64], "batch_size": 20}
     notebook_with(tmp_path, **parameters, data_path=str(small_npz))
     settings = tmp_path / ".config/lab/user-settings/@jupyterlab/notebook-extension"
     settings.mkdir(parents=True)
@@ -130,7 +130,7 @@ def test_a_person_runs_the_notebook_and_plays(front_end, server, page):
     expect_change(image, play.get_by_role("button", name="new style").click)
 
     # A hyperparameter is changed and the cells below run again.
-    expect(results.last).to_contain_text("epoch 12/12")
+    expect(results.last).to_contain_text("epoch 60/60")
     cell(page, "parameters").locator(".cm-content").click()
     page.keyboard.press("Control+End")
     page.keyboard.type("\nepochs = 4")
@@ -138,7 +138,7 @@ def test_a_person_runs_the_notebook_and_plays(front_end, server, page):
     expect(last_prompt).to_have_text("[*]:")
     expect(last_prompt).to_have_text(f"[{2 * len(CODE_CELLS) - 1}]:")
     expect(results.last).to_contain_text("epoch  4/4")
-    expect(results.last).not_to_contain_text("/12")
+    expect(results.last).not_to_contain_text("/60")
     expect(page.locator(f"{ERROR}, .Toastify__toast--error")).to_have_count(0)
 
 
