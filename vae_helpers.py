@@ -714,13 +714,14 @@ def make_play_panel(dimensions):
     import ipywidgets as widgets
     from wigglystuff import Paint
 
+    # The pen is 8 pixels wide. On a larger pad, its lines would be thinner than those of MNIST.
     pad = Paint(height=200, width=256, brush=False, eraser=False, color_picker=False)
     framed_image = widgets.Image(width=112, height=112)
     bars = []
-    for digit in range(DIGIT_COUNT):
-        bar = widgets.FloatProgress(max=1, description=str(digit), layout={"width": "220px"})
-        bar.layout.height = "22px"
+    for label in range(DIGIT_COUNT):
+        bar = widgets.FloatProgress(max=1, description=str(label))
         bar.style.description_width = "20px"
+        bar.layout = {"width": "220px", "height": "22px"}
         bars.append(bar)
 
     def show_reading(framed, digit_probs):
@@ -729,9 +730,13 @@ def make_play_panel(dimensions):
             bar.value = probability
             bar.bar_style = "success" if probability == max(digit_probs) else ""
 
+    show_reading(np.zeros(PIXELS), np.zeros(DIGIT_COUNT))
     sliders = {}
     for dimension in dimensions:
-        sliders[dimension] = widgets.FloatSlider(min=-4, max=4, description=f"z[{dimension}]")
+        slider = widgets.FloatSlider(min=-4, max=4, description=f"z[{dimension}]")
+        slider.readout_format = ".1f"
+        slider.style.description_width = "40px"
+        sliders[dimension] = slider
     digit = widgets.ToggleButtons(options=range(DIGIT_COUNT), style={"button_width": "2.5em"})
     new_style = widgets.Button(description="new style")
     play = widgets.Play(max=99, interval=120, repeat=True)
@@ -741,22 +746,23 @@ def make_play_panel(dimensions):
     def titled(title, widget):
         return widgets.VBox([widgets.Label(title), widget], layout={"margin": "0 24px 0 0"})
 
-    drawing = [
-        titled("Draw one digit", pad),
-        titled("As the classifier sees it", framed_image),
-        titled("Probability of each digit", widgets.VBox(bars)),
-    ]
+    drawing = widgets.HBox(
+        [
+            titled("Draw one digit", pad),
+            titled("Framed as in MNIST", framed_image),
+            titled("Probability of each digit", widgets.VBox(bars)),
+        ]
+    )
     choice = widgets.VBox([digit, widgets.HBox([new_style, play])])
-    columns = "repeat(2, max-content)"
     slider_grid = widgets.GridBox(
-        list(sliders.values()), layout={"grid_template_columns": columns, "overflow": "visible"}
+        list(sliders.values()), layout={"grid_template_columns": "repeat(auto-fit, 300px)"}
     )
     layout = widgets.VBox(
         [
-            widgets.HBox(drawing),
+            drawing,
             titled("All digits in the style of the sliders", all_digits),
             widgets.HBox([one_digit, titled("One digit in this style", choice)]),
-            titled("The style: the dimensions of z, the most used first", slider_grid),
+            titled("Style: the dimensions of z", slider_grid),
         ]
     )
     return SimpleNamespace(

@@ -95,9 +95,15 @@ class Kernel:
 
 
 def notebook_with(folder, **parameters):
-    """Write the notebook with these parameters and its helper into a folder; return its path."""
+    """Write the notebook with these parameters and its helper into a folder; return its path.
+
+    The copy has no outputs.
+    """
     notebook = copy.deepcopy(NOTEBOOK)
     for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+            cell.execution_count = None
         if cell.id == "parameters":
             cell.source += f"\n{assignments(parameters)}"
     path = Path(folder, "vae2.ipynb")
