@@ -20,8 +20,9 @@ import numpy as np
 import pandas as pd
 from conftest import CODE, run_cells, vae_helpers
 
-MODEL_CELLS = ["setup", "parameters", "settings", "data", "networks", "losses", "article-model"]
-MODEL_CELLS += ["epoch", "better-encoder", "better-decoder", "requested-digit-loss", "better-model"]
+MODEL_CELLS = ["setup", "parameters", "settings", "data", "networks", "losses", "sample-normal"]
+MODEL_CELLS += ["article-model", "epoch", "better-encoder", "better-decoder"]
+MODEL_CELLS += ["requested-digit-loss", "better-model"]
 
 
 def notebook_epoch(path, settings, model_class="BetterDigitVAE"):
@@ -40,17 +41,17 @@ def notebook_epoch(path, settings, model_class="BetterDigitVAE"):
     return run_epoch
 
 
-def build_keras_optimizer(keras, settings, steps, weights):
+def build_keras_optimizer(notebook, settings, steps, weights):
     """Build the optimizer of the notebook's `compile_epoch`."""
-    schedule = keras.optimizers.schedules.CosineDecay(
+    schedule = notebook.keras.optimizers.schedules.CosineDecay(
         settings.learning_rate, decay_steps=settings.epochs * steps
     )
-    optimizer = keras.optimizers.SGD(
+    optimizer = notebook.keras.optimizers.SGD(
         schedule,
         settings.momentum,
         nesterov=True,
-        global_clipnorm=5.0,
-        weight_decay=0.003,
+        global_clipnorm=notebook.MAX_GRADIENT_NORM,
+        weight_decay=notebook.WEIGHT_DECAY,
     )
     optimizer.build(weights)
     return optimizer
@@ -83,7 +84,7 @@ def keras_fit_epoch(path, settings):
 
     steps = len(data.x_train) // settings.batch_size
     model = Model()
-    optimizer = build_keras_optimizer(keras, settings, steps, vae.weights)
+    optimizer = build_keras_optimizer(notebook, settings, steps, vae.weights)
     model.compile(optimizer, jit_compile=True)
 
     def run_epoch(minibatches):
@@ -109,7 +110,7 @@ def jax_epoch(path, settings):
     images = jnp.asarray(notebook.data.x_train)
     digits = jnp.asarray(notebook.data.y_train)
     steps = len(images) // settings.batch_size
-    optimizer = build_keras_optimizer(keras, settings, steps, vae.weights)
+    optimizer = build_keras_optimizer(notebook, settings, steps, vae.weights)
 
     # The part of `gaussian_loss` that does not depend on the images.
     gaussian_constant = vae_helpers.PIXELS * np.log(settings.decoder_std * np.sqrt(2 * np.pi))

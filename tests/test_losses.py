@@ -18,6 +18,7 @@ MODEL_CELLS = [
     "data",
     "networks",
     "losses",
+    "sample-normal",
     "article-model",
     "epoch",
     "better-encoder",
