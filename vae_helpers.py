@@ -1,6 +1,7 @@
 """Data, plotting and other support for the notebook vae2.ipynb.
 
-The model, its losses and its training are in the notebook. Importing this module has no side
+The model, its losses and its training are in the notebook, except for two parts of the better
+model: `dense_by_digit` and `distort`. Importing this module has no side
 effects. Images are rows of 784 = 28·28 gray values: 0 is the background and 1 is ink (0 and 255 in
 `Digits`).
 """
@@ -28,7 +29,6 @@ from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pooch
 import pydantic
@@ -41,15 +41,16 @@ PIXELS = SIDE * SIDE
 DIGIT_COUNT = 10  # classes
 
 
-# Start
+# Import of TensorFlow
 
 
 @contextlib.contextmanager
 def quiet_import():
-    """Import TensorFlow without the messages that it writes to the terminal while it loads.
+    """Import Keras with TensorFlow in the body, without messages, and set Keras' defaults.
 
-    The messages come from C++ before any log level applies, so file descriptor 2 is redirected for
-    the duration of the import. Later messages are shown if they are fatal.
+    The messages come from C++ before any log level applies, so file descriptor 2 is redirected
+    while the body runs. Afterwards, only errors of Python code and fatal errors of C++ code are
+    shown. The backend is TensorFlow, floats have 32 bits, and channels are the last axis.
     """
     os.environ["KERAS_BACKEND"] = "tensorflow"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -61,8 +62,13 @@ def quiet_import():
     finally:
         os.dup2(saved_stderr, 2)
         os.close(saved_stderr)
-    # Each training compiles a new function, of which TensorFlow warns from the fifth on.
+    # Each training compiles a new function; TensorFlow warns from the fifth one on.
     logging.getLogger("tensorflow").setLevel("ERROR")
+    # Without this, a person's own keras.json would change the model.
+    import keras
+
+    keras.config.set_floatx("float32")
+    keras.config.set_image_data_format("channels_last")
 
 
 # Hyperparameters
@@ -86,7 +92,9 @@ class Settings(pydantic.BaseModel):
     epochs: int = Field(ge=1, le=1000)
     batch_size: PositiveInt
     z_dim: int = Field(ge=2, description="styles are plotted in a plane")
-    decoder_std: float = Field(ge=0.001, le=1000, description="its square is a 32-bit divisor")
+    decoder_std: float = Field(
+        ge=0.001, le=1000, description="beyond that, 32-bit losses lose precision"
+    )
     learning_rate: PositiveFloat
     momentum: float = Field(ge=0, lt=1, description="at 1, steps would grow without limit")
     classification_weight: NonNegativeFloat
@@ -99,12 +107,41 @@ class Settings(pydantic.BaseModel):
     distortion: float = Field(ge=0, le=5, description="beyond 5 pixels, digits leave the image")
 
 
+# Names that cells of the notebook assign; a test keeps the list complete. A hyperparameter with one
+# of these names would be replaced.
+NOTEBOOK_NAMES = """
+    BetterDigitVAE DigitVAE ExtraTreesClassifier Image MAX_GRADIENT_NORM TRAINING_LOSSES
+    WEIGHT_DECAY animation article_history article_results article_samples article_vae axis
+    bound_digits bound_images build_better_decoder build_better_digit_classifier
+    build_better_encoder build_decoder build_digit_classifier build_encoder build_optimizer
+    certainty classification_loss classified_digits closed_path compare compare_dir
+    compile_epoch copied_z current_settings data decoder digit digit_classifier digit_count
+    digits_in_styles dimension dimensions_by_use display drawn_probs drawn_z encoder error
+    evaluate example_digits example_images figure first_column framed gaussian_loss generate
+    generate_all_digits grids handwriting_path hidden_stack history infer judge judge_accuracy
+    judge_digits judged_digits keras kl kl_by_dimension kl_loss labels least_certain load_dir
+    loaded log_likelihood_bound log_p log_p_given_digit log_p_given_true_digit losses mean_kl
+    measure move_sliders np originals output_dir panel picture pixels plane probe probe_digits
+    probe_images probe_z_mean random_z read_drawing reconstructions redraw requested_digit_loss
+    requested_digits results results_by_model row_labels rows runs same_digit sample_normal
+    samples scheduler shown_digits shown_z_mean slider style_rng table test_digit_probs
+    test_digits test_images test_z_log_var test_z_mean tf time title train train_judge
+    used_dimensions vae vae_helpers values wandering_digits written x y z
+"""
+
+
 def check_settings(**values):
     """Return hyperparameters as `Settings`.
 
     Integers are converted to floats where a float is expected. ValueError has one line for each
-    hyperparameter that is missing or wrong, with its value and what is allowed.
+    hyperparameter that is missing or wrong, with its value and what is allowed; or it
+    lists names that the notebook or pydantic already uses.
     """
+    own_names = values.keys() - Settings.model_fields
+    reserved_names = {*NOTEBOOK_NAMES.split(), *dir(pydantic.BaseModel)}
+    taken = own_names & reserved_names
+    if taken:
+        raise ValueError(f"{sorted(taken)}: the notebook uses these names itself; choose others")
     try:
         return Settings(**values)
     except pydantic.ValidationError as error:
@@ -119,7 +156,8 @@ def _describe_fault(fault, values):
         return f"{name}: {fault['msg']}"
     line = f"{name} = {values[name]!r:.80}: {fault['msg']}"
     field = Settings.model_fields.get(name)
-    if field and field.description and "than" in fault["type"]:
+    is_limit = "than" in fault["type"]  # such as "greater_than_equal"
+    if field and field.description and is_limit:
         line += f" ({field.description})"
     if isinstance(values[name], str) and fault["type"].endswith("_type"):
         line += f"; this is a string (with papermill, write -y '{name}: {values[name]:.60}')"
@@ -162,8 +200,8 @@ def load_mnist(path=None):
     Other data in these formats are named after that file or folder. ValueError names a file that
     cannot be used, and the reason.
 
-    `None` takes MNIST from Keras' cache or downloads it there. If that fails, one printed line says
-    so, and the result is that of `load_offline_digits`.
+    `None` takes MNIST from Keras' cache or downloads it there. If that fails, it prints a message
+    and returns `load_offline_digits()`.
     """
     if path is None:
         try:
@@ -177,19 +215,19 @@ def load_mnist(path=None):
             return load_offline_digits()
     if not isinstance(path, (str, os.PathLike)):
         raise ValueError(f"data_path = {path!r:.80}: must be None or the path of a file or folder")
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     try:
         read = _read_idx_folder if path.is_dir() else _read_npz
         arrays = [_check_array(key, array) for key, array in read(path).items()]
         x_train, y_train, x_test, y_test = arrays
         if len(x_train) != len(y_train) or len(x_test) != len(y_test):
             lengths = [len(array) for array in arrays]
-            raise ValueError(f"as many labels as images are needed; the lengths are {lengths}")
+            raise ValueError(f"the numbers of images and labels differ; the lengths are {lengths}")
     except Exception as error:  # damaged files make zipfile, gzip and NumPy fail in many ways
         raise ValueError(f"{path}: cannot be read as a copy of MNIST: {error}") from error
     if np.median(x_train) > 127:
         name = path.resolve().name
-        print(f"{name}: the images look inverted: most pixels are light; ink should be light.")
+        print(f"{name}: the images look inverted: ink should be light, on black.")
     digits = Digits(x_train, y_train, x_test, y_test, name=f"{path.resolve().name} (not MNIST)")
     if digits.digest == MNIST_DIGEST:
         return digits._replace(name="MNIST")
@@ -225,16 +263,16 @@ def _read_idx_folder(folder):
         raise ValueError("EMNIST's files hold transposed images; transpose them and save an npz")
     arrays = {}
     for key, pattern in IDX_FILES.items():
-        files = sorted(folder.glob(pattern))
+        files = sorted(file for file in folder.glob(pattern) if file.is_file())
         if not files:
             raise ValueError(f"it holds no file like {pattern}; four IDX files are needed")
-        opened = gzip.open if files[0].suffix == ".gz" else open
         # The header: two zero bytes, 8 for uint8, the number of axes, then their lengths.
         axes = 3 if key.startswith("x") else 1
         start = 4 + 4 * axes
         try:
-            with opened(files[0], "rb") as file:
-                content = file.read()
+            content = files[0].read_bytes()
+            if content.startswith(b"\x1f\x8b"):  # gzipped, whatever its name
+                content = gzip.decompress(content)
             shape = np.frombuffer(content, ">u4", axes, offset=4)
         except Exception as error:  # gzip and NumPy raise many types
             raise ValueError(f"{files[0].name} is damaged: {error}") from error
@@ -255,8 +293,8 @@ def _check_array(key, array):
             raise ValueError(f"{key} has labels outside 0 to {DIGIT_COUNT - 1}")
         return array.astype(np.int32)
     if array.dtype != np.uint8 or array.shape[1:] != (SIDE, SIDE) or len(array) == 0:
-        raise ValueError(f"{found}; images must be uint8 [N, {SIDE}, {SIDE}]")
-    if array.max() <= 1:
+        raise ValueError(f"{found}; images must be uint8 [N, {SIDE}, {SIDE}], with N at least 1")
+    if array.max() < 64:
         raise ValueError(f"{key} has values up to {array.max()}; pixels must be 0 to 255")
     return array.reshape(len(array), PIXELS)
 
@@ -352,12 +390,13 @@ def distort(images, strength, key):
     source_x = displacement[:, 0] + position
     source_y = displacement[:, 1] + position[:, None]
     # Linear interpolation: the weight of an old pixel in a new one is zero from one pixel away.
-    row_weights = tf.nn.relu(1 - abs(source_x[:, :, None] - position[:, None]))
-    column_weights = tf.nn.relu(1 - abs(source_y[:, None] - position[:, None, None]))
+    # Letters: f is the field, n the image, y and x row and column, v and u old row and old column.
+    row_weights = tf.nn.relu(1 - abs(source_x[:, :, None] - position[:, None]))  # fyux
+    column_weights = tf.nn.relu(1 - abs(source_y[:, None] - position[:, None, None]))  # fvyx
     padded = tf.pad(images, [[0, -images.shape[0] % fields], [0, 0]])
     moved = tf.reshape(padded, [fields, -1, SIDE, SIDE])
-    moved = tf.einsum("gnyu,gyux->gnyx", moved, row_weights)  # [field, image, row, new x]
-    moved = tf.einsum("gnvx,gvyx->gnyx", moved, column_weights)  # [field, image, new y, column]
+    moved = tf.einsum("fnyu,fyux->fnyx", moved, row_weights)  # [field, image, row, new x]
+    moved = tf.einsum("fnvx,fvyx->fnyx", moved, column_weights)  # [field, image, new y, column]
     return tf.reshape(moved, [-1, PIXELS])[: images.shape[0]]
 
 
@@ -466,6 +505,7 @@ def plot_digit_grid(
     ax.set_yticks((np.arange(rows) + 0.5) * SIDE - 0.5, row_labels or [""] * rows)
     ax.tick_params(length=0, labelsize="small", labeltop=True, labelbottom=False)
     ax.spines[:].set_visible(False)
+    ax.grid(False)  # some styles draw one over all pictures
     ax.set_title(title, fontsize="medium")
     return ax.figure
 
@@ -569,8 +609,8 @@ def plot_confusions(pairs_by_label, title=None):
         for text, value in zip(matrix.text_.flat, percent.flat, strict=True):
             text.set_visible(value > 0)
         accuracy = np.mean(np.equal(digits, judged_digits))
-        ax.set(xlabel="digit that the judge sees, in % of the row", ylabel=label)
-        ax.set_title(f"{accuracy:.2%} agree", fontsize="medium")
+        ax.set(xlabel="digit according to the judge (% of each row)", ylabel=label)
+        ax.set_title(f"{accuracy:.2%} on the diagonal", fontsize="medium")
     axes[0].figure.suptitle(title, fontsize="medium")
     return axes[0].figure
 
@@ -579,12 +619,17 @@ def plot_confusions(pairs_by_label, title=None):
 
 
 def read_picture(path):
-    """Read a picture file, such as PNG or JPEG, as an upright PIL image.
+    """Read a picture file, such as PNG or JPEG, as an upright PIL image of 8 bits per channel.
 
     ValueError names a file that is not a picture that Pillow can read.
     """
     try:
-        return ImageOps.exif_transpose(Image.open(Path(path).expanduser()))
+        picture = ImageOps.exif_transpose(Image.open(os.path.expanduser(path)))
+        if picture.mode[0] in "IF":  # integers or floats, which Pillow would clip at 255
+            values = np.float32(picture)
+            values -= values.min()
+            picture = Image.fromarray(np.uint8(255 * values / max(values.max(), 1e-6)))
+        return picture
     except UnidentifiedImageError:
         reason = "it is not a picture that Pillow can read; save HEIC files as JPEG first"
     except (OSError, Image.DecompressionBombError) as error:  # missing, a folder, cut off, huge
@@ -598,7 +643,7 @@ def frame_digit(picture):
     The digit may be dark on light or light on dark, in uneven light, drawn with any pen. The ink is
     scaled to fit a box of 20×20 pixels, and its center of mass is at the center of 28×28 pixels
     (LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document recognition",
-    1998). ValueError: there is no ink.
+    1998). ValueError: there is no ink, or the picture is a narrow strip.
     """
     ink = _find_ink(picture)
     position = np.argwhere(ink)[:, ::-1]  # x and y of each ink pixel
@@ -615,14 +660,14 @@ def frame_digit(picture):
 def _find_ink(picture):
     """Separate ink from background in a PIL image: bool [height, width], at most 200 pixels each.
 
-    Ink that touches the edge of the picture, such as a ruled line, is left out if most of the ink
-    does not; so are specks.
+    Ink that touches the edge of the picture, such as a ruled line, is ignored, unless it makes up
+    most of the ink. Specks are ignored too.
     """
-    if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
-        picture = Image.fromarray(np.float32(picture) / 257)
+    if max(picture.size) > 20 * min(picture.size):
+        raise ValueError(f"a picture of {picture.width}×{picture.height} pixels holds no digit")
     picture = ImageOps.contain(picture.convert("LA"), (200, 200))
     gray, alpha = np.moveaxis(np.float32(picture) / 255, 2, 0)  # [height, width] each
-    # What is transparent is the background: white behind dark ink, black behind light ink.
+    # Transparent pixels are background: white behind dark ink, black behind light ink.
     mean_ink = np.average(gray, weights=alpha + 1e-6)
     gray = gray * alpha + (mean_ink < 0.5) * (1 - alpha)
     gray = ndimage.gaussian_filter(gray, 1)
@@ -684,18 +729,26 @@ def digits_png(images):
     return file.getvalue()
 
 
-def make_animation(images, frames_per_second=12):
-    """Return the bytes of a GIF that shows images [frames, 10, 784] in [0, 1], in two rows."""
+def make_animation(images, file_format="PNG", frames_per_second=12):
+    """Return the bytes of an animation of images [frames, 10, 784] in [0, 1], in two rows.
+
+    `file_format` is "PNG", which all notebook viewers show, or "GIF".
+    """
     frames = []
     for digits in np.asarray(images):
         tiled = _tile(digits.reshape(2, DIGIT_COUNT // 2, PIXELS))
         frame = Image.fromarray(np.uint8(255 * (1 - tiled.clip(0, 1))))
         frame = frame.resize([2 * side for side in frame.size], Image.Resampling.BICUBIC)
-        frames.append(frame.quantize(16))
+        frames.append(frame.point(lambda shade: 17 * round(shade / 17)))  # 16 shades: fewer bytes
     file = io.BytesIO()
     duration = 1000 / frames_per_second  # milliseconds
     frames[0].save(
-        file, format="GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0
+        file,
+        format=file_format,
+        save_all=True,
+        append_images=frames[1:],
+        duration=duration,
+        loop=0,
     )
     return file.getvalue()
 
@@ -787,7 +840,7 @@ def save_run(folder, vae, history, samples, results):
     The file is whole or absent, even if this function is interrupted. It replaces an earlier
     run.zip. OSError says why the folder cannot be written.
     """
-    path = Path(folder).expanduser() / "run.zip"
+    path = Path(os.path.expanduser(folder), "run.zip")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as scratch:
@@ -800,7 +853,8 @@ def save_run(folder, vae, history, samples, results):
             np.save(files / "samples.npy", samples)
             values = {"settings": vae.settings.model_dump(), "history": history, "results": results}
             for name, value in values.items():
-                Path(files, f"{name}.json").write_text(json.dumps(value, indent=1))
+                text = json.dumps(value, indent=1, default=_to_python)
+                Path(files, f"{name}.json").write_text(text)
             os.replace(shutil.make_archive(files, "zip", files), path)
     except (OSError, ValueError) as error:  # ValueError: the path holds a null byte
         raise OSError(
@@ -808,6 +862,11 @@ def save_run(folder, vae, history, samples, results):
             "memory: choose another folder and run this cell again."
         ) from error
     return path
+
+
+def _to_python(value):
+    """Return a NumPy or TensorFlow value as Python numbers, which JSON can hold."""
+    return np.asarray(value).tolist()
 
 
 def load_run(folder):
@@ -819,22 +878,33 @@ def load_run(folder):
     """
     with quiet_import():
         import keras
+
+    def load_network(file):
+        return keras.saving.load_model(file, compile=False)
+
+    def load_json(file):
+        return json.loads(file.read_text())
+
     readers = {
-        ".keras": lambda file: keras.saving.load_model(file, compile=False),
-        ".json": lambda file: json.loads(file.read_text()),
-        ".npy": np.load,
+        "encoder.keras": load_network,
+        "digit_classifier.keras": load_network,
+        "decoder.keras": load_network,
+        "settings.json": load_json,
+        "history.json": load_json,
+        "results.json": load_json,
+        "samples.npy": np.load,
     }
-    path = Path(folder).expanduser() / "run.zip"
+    path = Path(os.path.expanduser(folder), "run.zip")
     loaded = {}
     with tempfile.TemporaryDirectory() as scratch:
         try:
             with zipfile.ZipFile(path) as archive:
                 archive.extractall(scratch)
             with warnings.catch_warnings(action="ignore"):
-                for file in Path(scratch).iterdir():
-                    loaded[file.stem] = readers[file.suffix](file)
+                for name, read in readers.items():
+                    loaded[Path(name).stem] = read(Path(scratch, name))
         except Exception as error:  # zipfile, Keras and the file system raise many types
-            raise ValueError(f"{path}: cannot be loaded: {str(error)[-300:]}") from error
+            raise ValueError(f"{path}: cannot be loaded: {error}") from error
     return SimpleNamespace(**loaded)
 
 
@@ -847,28 +917,31 @@ def compare_settings(compare, settings, data, folder, scheduler=None, notebook=N
     """Run a notebook with each combination of settings; return a pandas table, a row per run.
 
     `compare` is a dict from names of hyperparameters to lists of values, or a list of such dicts;
-    all other hyperparameters are taken from `settings`. The runs are tasks of a Dask cluster: of
-    this machine, or of the `scheduler` at an address. Each executes the notebook, as saved, with
-    papermill up to the cell that calls this function. It starts in a folder of its own, with copies
-    of the files beside the notebook that the code mentions. The executed notebook and its run.zip
-    are saved in a folder inside `folder`. Runs that are there already, with the same settings, data
-    and code, are not repeated. `notebook` is a path; `None` is the notebook that is open.
+    all other hyperparameters are taken from `settings`. The runs are tasks of a Dask cluster.
+    `scheduler` is the address of its scheduler; `None` starts a cluster on this machine. Each run
+    executes the notebook, as saved, with papermill up to the cell that calls this function. It
+    starts in a folder of its own, with copies of the files beside the notebook that the code
+    mentions. The executed notebook and its run.zip are saved in a folder inside `folder`. Runs that
+    are there already, with the same settings, data and code, are not repeated. `notebook` is a
+    path; `None` is the notebook that is open.
 
-    The table has the columns `settings` (a dict of what was varied), `vae_loss`, `accuracy`,
-    `conditional_accuracy`, `seconds` of training, `digits` (the last row of samples, [10, 784]) and
-    `folder`. It is empty if no run is saved. ValueError: a setting or the notebook cannot be used;
-    nothing was run. OSError: the scheduler is gone, or `folder` cannot be written; runs that were
-    saved before are kept.
+    The table has the columns `settings` (a dict of the varied settings), `seconds` of training, all
+    entries of the notebook's `results` (such as `vae_loss` in nats and `accuracy` in [0, 1]),
+    `digits` (the last row of samples, [10, 784]) and `folder`. It is empty if no run is saved.
+    ValueError: a setting or the notebook cannot be used. TypeError: `compare` has a value that is
+    not in a list. In both cases nothing was run. OSError: the scheduler is gone, or `folder` cannot
+    be written; runs that were saved before are kept.
     """
     import pandas as pd
     from sklearn.model_selection import ParameterGrid
 
-    folder = Path(folder).expanduser().resolve()
-    notebook_path = Path(notebook or find_open_notebook()).expanduser().resolve()
-    notebook = _truncated_notebook(notebook_path)
-    sources = [cell.source for cell in notebook.cells]
+    folder = Path(os.path.expanduser(folder)).resolve()
+    notebook_path = Path(os.path.expanduser(notebook or find_open_notebook())).resolve()
+    truncated_notebook = _truncated_notebook(notebook_path)
+    sources = [cell.source for cell in truncated_notebook.cells]
+    # The folder of saved runs grows, so it is never a part of the code.
     beside = [path for path in notebook_path.parent.iterdir() if not folder.is_relative_to(path)]
-    used = _mentioned(beside, "\n".join(sources))
+    used = _find_mentioned_files(beside, "\n".join(sources))
     if used and scheduler is not None:
         names = [path.name for path in used]
         raise ValueError(f"{notebook_path.name} uses {names}, which the cluster does not have")
@@ -882,11 +955,16 @@ def compare_settings(compare, settings, data, folder, scheduler=None, notebook=N
         identity = json.dumps([code, data.digest, run_settings], sort_keys=True)
         run_folder = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
         runs.append((run_folder, varied, run_settings))
-    missing = [run for run in runs if not run[0].exists()]
+    missing = {}  # combinations that give the same settings have the same folder and run once
+    for run in runs:
+        run_folder = run[0]
+        if not run_folder.exists():
+            missing[run_folder] = run
     print(f"{notebook_path.name}: {len(missing)} of {len(runs)} runs are not saved yet.")
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
-        _run_on_dask(missing, _make_task(notebook, used), data, folder, scheduler)
+        task = _make_task(truncated_notebook, used)
+        _run_on_dask(list(missing.values()), task, data, folder, scheduler)
     rows = []
     for run_folder, varied, _ in runs:
         if run_folder.exists():
@@ -941,6 +1019,8 @@ def find_open_notebook():
 
 def _truncated_notebook(path):
     """Return a new notebook of the code cells before the cell that compares settings."""
+    import nbformat
+
     try:
         cells = json.loads(path.read_text("utf-8"))["cells"]
     except (OSError, ValueError, KeyError) as error:
@@ -964,8 +1044,8 @@ def _truncated_notebook(path):
     return notebook
 
 
-def _mentioned(beside, code):
-    """Return which of the paths beside a notebook its code has in quotes or imports, sorted.
+def _find_mentioned_files(beside, code):
+    """Return the sorted paths in the notebook's folder whose names the code quotes or imports.
 
     Modules that are imported are searched in the same way.
     """
@@ -996,7 +1076,7 @@ def _digests(paths):
 
 
 def save_compared_run(folder, requested, vae, history, samples, results):
-    """Save a run of `compare_settings`; called at the end of each one's notebook.
+    """Save a run of `compare_settings`; called in the last cell of the run's notebook.
 
     ValueError: the model was not trained with the `requested` settings, or not to the end.
     """
@@ -1023,7 +1103,7 @@ def _run_on_dask(runs, task, data, folder, scheduler):
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix=".", dir=folder))
         interrupted = stack.enter_context(stop_on_interrupt())
-        # MNIST is larger than the tasks about which Dask does not warn.
+        # Dask warns about large tasks, and MNIST exceeds its default threshold.
         stack.enter_context(
             dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 GB"})
         )
@@ -1098,9 +1178,11 @@ def _uninterrupted_children():
 def _make_task(notebook, files):
     """Return a function that runs a notebook on a Dask worker, with copies of files beside it.
 
-    It is an inner function because Dask sends those with their code, and a cluster does not have
+    It is an inner function because Dask sends inner functions by value; the workers do not have
     this module.
     """
+    import nbformat
+
     helper_source = Path(__file__).read_text("utf-8")
     notebook_json = nbformat.writes(notebook)
     file_paths = [str(path) for path in files]
@@ -1111,7 +1193,7 @@ def _make_task(notebook, files):
         import papermill
         from distributed import get_worker
 
-        os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")  # as many as elsewhere: same numbers
+        os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")  # their number affects rounding
         with tempfile.TemporaryDirectory(dir=get_worker().local_directory) as scratch:
             saved = Path(scratch, "saved")
             folder = Path(scratch, "run")

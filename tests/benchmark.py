@@ -41,22 +41,6 @@ def notebook_epoch(path, settings, model_class="BetterDigitVAE"):
     return run_epoch
 
 
-def build_keras_optimizer(notebook, settings, steps, weights):
-    """Build the optimizer of the notebook's `compile_epoch`."""
-    schedule = notebook.keras.optimizers.schedules.CosineDecay(
-        settings.learning_rate, decay_steps=settings.epochs * steps
-    )
-    optimizer = notebook.keras.optimizers.SGD(
-        schedule,
-        settings.momentum,
-        nesterov=True,
-        global_clipnorm=notebook.MAX_GRADIENT_NORM,
-        weight_decay=notebook.WEIGHT_DECAY,
-    )
-    optimizer.build(weights)
-    return optimizer
-
-
 def keras_fit_epoch(path, settings):
     """Return an epoch of Keras' `fit` with a compiled training step."""
     notebook = run_cells(MODEL_CELLS, data_path=path)
@@ -78,13 +62,13 @@ def keras_fit_epoch(path, settings):
             key = tf.random.fold_in([settings.seed, 0], self.optimizer.iterations)
             with tf.GradientTape() as tape:
                 loss, losses = vae.total_loss(tf.cast(images, tf.float32) / 255, digits, key)
-            self.optimizer.apply(tape.gradient(loss, vae.weights), vae.weights)
+            self.optimizer.apply(tape.gradient(loss, vae.trainable_weights), vae.trainable_weights)
             self.mean_vae_loss.update_state(losses["vae_loss"])
             return {"vae_loss": self.mean_vae_loss.result()}
 
     steps = len(data.x_train) // settings.batch_size
     model = Model()
-    optimizer = build_keras_optimizer(notebook, settings, steps, vae.weights)
+    optimizer = notebook.build_optimizer(vae, steps)
     model.compile(optimizer, jit_compile=True)
 
     def run_epoch(minibatches):
@@ -110,13 +94,13 @@ def jax_epoch(path, settings):
     images = jnp.asarray(notebook.data.x_train)
     digits = jnp.asarray(notebook.data.y_train)
     steps = len(images) // settings.batch_size
-    optimizer = build_keras_optimizer(notebook, settings, steps, vae.weights)
+    optimizer = notebook.build_optimizer(vae, steps)
 
     # The part of `gaussian_loss` that does not depend on the images.
     gaussian_constant = vae_helpers.PIXELS * np.log(settings.decoder_std * np.sqrt(2 * np.pi))
 
     def total_loss(weights, x, y, key):
-        with keras.StatelessScope(list(zip(vae.weights, weights, strict=True))):
+        with keras.StatelessScope(list(zip(vae.trainable_weights, weights, strict=True))):
             digit_logits = vae.digit_classifier(x)
             digit_probs = jax.lax.stop_gradient(jax.nn.softmax(digit_logits))
             z_mean, z_log_var = vae.encoder([x, digit_probs])
@@ -138,7 +122,7 @@ def jax_epoch(path, settings):
         updated = optimizer.stateless_apply(optimizer_variables, gradients, weights)
         return (*updated, key), vae_loss
 
-    weights = [weight.value for weight in vae.weights]
+    weights = [weight.value for weight in vae.trainable_weights]
     optimizer_variables = [variable.value for variable in optimizer.variables]
     state = (weights, optimizer_variables, jax.random.key(settings.seed))
     train_epoch = jax.jit(partial(jax.lax.scan, train_step), donate_argnums=0)

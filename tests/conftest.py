@@ -118,13 +118,12 @@ def printed(cell):
 
 
 def pictures(cell):
-    """Return the bytes of the PNG and GIF pictures that a cell shows."""
+    """Return the bytes of the PNG pictures that a cell shows."""
     found = []
     for output in cell.outputs:
-        for mime_type in ("image/png", "image/gif"):
-            content = output.get("data", {}).get(mime_type)
-            if content:
-                found.append(base64.b64decode(content))
+        content = output.get("data", {}).get("image/png")
+        if content:
+            found.append(base64.b64decode(content))
     return found
 
 

@@ -296,7 +296,9 @@ if shapes.width != 7: raise ValueError(shapes.width)
         match=r"injected.ipynb uses \['pictures', 'shapes.py', 'sizes.py', 'written.txt'\]",
     ):
         compare({"z_dim": [3]}, scheduler="tcp://127.0.0.1:1")
-    runs = compare({"z_dim": [3]})
+    runs = compare([{"z_dim": [3]}, {"z_dim": [3], "seed": [0]}])  # the same settings twice
+    assert len(runs) == 2
+    assert len(marks()) == 1
     loaded = np.load(runs["folder"][0] / "run.zip")
     assert json.loads(loaded["settings.json"]) == {**SETTINGS.model_dump(), "z_dim": 3}
     assert Path("written.txt").read_text() == "by its owner"
@@ -307,7 +309,7 @@ if shapes.width != 7: raise ValueError(shapes.width)
         "copy of mine.ipynb", parameters, own, TRAIN, COMPARE, jupytext={"formats": "py"}
     )
     again = compare({"z_dim": [3]}, notebook="copy of mine.ipynb")
-    assert again["folder"].to_list() == runs["folder"].to_list()
+    assert again["folder"][0] == runs["folder"][0] == runs["folder"][1]
     assert marks() == started
     Path("sizes.py").write_text("width = 8")
     assert len(compare({"z_dim": [3]})) == 0

@@ -19,6 +19,7 @@ IDX_NAMES = {
     "x_test": "t10k-images-idx3-ubyte",
     "y_test": "t10k-labels-idx1-ubyte",
 }
+GZIPPED = ["gzipped IDX", "gzipped IDX without the name"]
 
 
 def write_copy(kind, arrays, folder):
@@ -37,9 +38,11 @@ def write_copy(kind, arrays, folder):
         content = header.tobytes() + array.tobytes()
         name = IDX_NAMES[key]
         if kind == "IDX with dots":
+            (path / name).mkdir()  # as archives for Windows have it
             name = name.replace("-idx", ".idx")
         if kind == "gzipped IDX":
             name += ".gz"
+        if kind.startswith("gzipped IDX"):
             content = gzip.compress(content)
         (path / name).write_bytes(content)
     return path
@@ -58,7 +61,7 @@ def assert_holds(digits, arrays):
         np.testing.assert_array_equal(getattr(digits, key), expected, key, strict=True)
 
 
-@pytest.mark.parametrize("kind", ["npz", "compressed npz", "IDX", "IDX with dots", "gzipped IDX"])
+@pytest.mark.parametrize("kind", ["npz", "compressed npz", "IDX", "IDX with dots", *GZIPPED])
 def test_all_kinds_of_copies_load_alike_and_are_named_after_the_file(
     kind, small_arrays, tmp_path, capsys
 ):
@@ -97,9 +100,11 @@ BAD_ARRAYS = [
     ("x_train", lambda images: images / 255, "x_train is float64"),
     ("x_test", lambda images: images.reshape(20, 784), r"x_test is uint8 \[20, 784\]"),
     ("x_test", lambda images: images // 128, "x_test has values up to 1"),  # binarized
+    ("x_train", lambda images: images // 16, "x_train has values up to 15"),
+    ("x_train", lambda images: images[:0], r"x_train is uint8 \[0, 28, 28\].*N at least 1"),
     ("y_train", lambda labels: labels[:, None], r"y_train is uint8 \[40, 1\]"),
     ("y_test", lambda labels: np.full_like(labels, 10), "y_test has labels outside 0 to 9"),
-    ("y_train", lambda labels: labels[1:], r"as many labels as images.*\[40, 39, 20, 20\]"),
+    ("y_train", lambda labels: labels[1:], r"labels differ.*\[40, 39, 20, 20\]"),
     ("y_test", lambda labels: np.array([Bomb()]), "Object arrays cannot be loaded"),
 ]
 # Kinds of copies, how the file (of test images) is damaged, and the reason that is given.

@@ -104,6 +104,11 @@ def test_a_picture_without_ink_is_refused(picture):
         vae_helpers.frame_digit(picture)
 
 
+def test_a_narrow_strip_is_refused():
+    with pytest.raises(ValueError, match="^a picture of 1×300 pixels holds no digit$"):
+        vae_helpers.frame_digit(Image.new("L", (1, 300), 255))
+
+
 @pytest.mark.parametrize(
     ("orientation", "turn"),
     [
@@ -141,3 +146,5 @@ def test_a_file_that_is_no_picture_is_named(content, reason, tmp_path):
         vae_helpers.read_picture(path)
     with pytest.raises(ValueError, match=f"^{tmp_path}: Is a directory$"):
         vae_helpers.read_picture(tmp_path)
+    with pytest.raises(ValueError, match="^~nobody-here/digit.png: No such file or directory$"):
+        vae_helpers.read_picture("~nobody-here/digit.png")

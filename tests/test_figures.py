@@ -109,7 +109,7 @@ def test_confusions_are_in_percent_of_each_row():
     expected[[1, 9], [1, 8]] = 100
     np.testing.assert_array_equal(shown, expected)
     assert (first.get_ylabel(), second.get_ylabel()) == ("true", "requested")
-    assert first.get_title() == second.get_title() == "66.67% agree"
+    assert first.get_title() == second.get_title() == "66.67% on the diagonal"
 
 
 def test_a_reading_shows_the_picture_its_frame_and_the_probabilities(digits):
@@ -137,13 +137,14 @@ def crop_to_ink(gray):
     return np.asarray(Image.fromarray(np.float32(gray[box])).resize((140, 56)))
 
 
-def test_an_animation_shows_every_frame_and_is_small(digits):
+@pytest.mark.parametrize("file_format", ["PNG", "GIF"])
+def test_an_animation_shows_every_frame_and_is_small(file_format, digits):
     fade = np.linspace(0, 1, 40, dtype=np.float32)[:, None, None]
     frames = (1 - fade) * digits[0] + fade * digits[1]
-    content = vae_helpers.make_animation(frames, frames_per_second=10)
+    content = vae_helpers.make_animation(frames, file_format, frames_per_second=10)
     assert len(content) <= 400_000
     animation = Image.open(io.BytesIO(content))
-    assert (animation.format, animation.n_frames) == ("GIF", 40)
+    assert (animation.format, animation.n_frames) == (file_format, 40)
     assert animation.info["duration"] == 100
     for number in (0, 39):
         animation.seek(number)

@@ -1,6 +1,7 @@
 """The notebook in real kernels: names, reruns, interrupts, memory, and its committed outputs."""
 
 import asyncio
+import io
 import re
 import time
 from multiprocessing.pool import ThreadPool
@@ -11,6 +12,7 @@ import psutil
 import pytest
 from conftest import CODE, NOTEBOOK, ROOT, SMALL, Kernel, pictures, printed
 from nbclient.exceptions import CellExecutionError
+from PIL import Image, ImageSequence
 
 CELL_IDS = list(CODE)
 FIGURES = [cell_id for cell_id, cell in CODE.items() if pictures(cell)]
@@ -18,7 +20,7 @@ RESULT_CELLS = CELL_IDS[CELL_IDS.index("both-grids") :]
 TRAINED = """(
     {k: v for k, v in history.items() if k != "seconds"},
     __import__('zlib').crc32(samples.tobytes()),
-    [__import__('zlib').crc32(weight.numpy().tobytes()) for weight in vae.weights],
+    [__import__('zlib').crc32(weight.numpy().tobytes()) for weight in vae.trainable_weights],
 )"""
 
 
@@ -130,11 +132,11 @@ def test_a_saved_run_loads_to_the_same_images_in_a_new_kernel(kernel, tmp_path):
 
 
 def interrupt_when(kernel, cell_id, condition):
-    """Run a cell, and interrupt the kernel when a condition on its output holds."""
+    """Run a cell, and interrupt the kernel when a condition on the cell holds."""
     kernel.cell(cell_id).outputs = []
 
     def wait_and_interrupt():
-        while not condition(printed(kernel.cell(cell_id))):
+        while not condition(kernel.cell(cell_id)):
             time.sleep(0.05)
         asyncio.run(kernel.client.km.interrupt_kernel())
 
@@ -146,15 +148,15 @@ def interrupt_when(kernel, cell_id, condition):
 
 def test_an_interrupt_ends_training_after_the_epoch_and_the_cells_below_work(kernel):
     kernel.execute("epochs = 60")
-    interrupt_when(kernel, "train-better", lambda text: text.count("\nepoch") >= 2)
+    interrupt_when(kernel, "train-better", lambda cell: printed(cell).count("\nepoch") >= 2)
     finished = kernel.fetch("len(samples)")
     assert 2 <= finished < 60
     assert f"Interrupted: training ended after epoch {finished}." in printed(
         kernel.cell("train-better")
     )
     kernel.run("both-grids")
-    started = time.monotonic()
-    interrupt_when(kernel, "train-better", lambda _: time.monotonic() > started + 2)  # compiling
+    # The empty grid is shown before anything is compiled.
+    interrupt_when(kernel, "train-better", lambda cell: pictures(cell))
     assert kernel.fetch("len(samples)") < 60
     kernel.execute(f"epochs = {SMALL['epochs']}")
 
@@ -165,51 +167,25 @@ def test_a_loss_that_is_not_finite_ends_training_with_one_sentence(kernel):
     text = printed(kernel.cell("train-better"))
     assert text.count("is not finite: lower the learning rate") == 1
     assert np.isfinite(kernel.fetch("generate(np.zeros([1, z_dim]), np.eye(10)[:1])")).all()
+    kernel.execute("""
+def hidden_stack(x, widths, activation):
+    return keras.layers.BatchNormalization()(keras.layers.Dense(widths[0], activation)(x))
+""")
+    kernel.run("train-better", "train-better")
+    assert np.isfinite(kernel.fetch("infer(test_images)[0]")).all()
+    kernel.run("better-encoder", "better-encoder")
     kernel.execute(f"learning_rate = {SMALL['learning_rate']}")
 
 
 def test_reruns_do_not_fill_the_memory(kernel):
     process = psutil.Process(kernel.client.km.provisioner.pid)
     used = []
-    for _ in range(5):
+    for _ in range(4):
         kernel.run("parameters", data_path=kernel.fetch("data_path"), **SMALL)
         kernel.execute("vae_helpers.release_memory()")  # as the next training does
         used.append(process.memory_info().rss / 2**20)  # MiB
     growth = (used[-1] - used[0]) / (len(used) - 1)
     assert growth < 100, used
-
-
-@pytest.mark.parametrize("labels", [[0, 1, 1, 2], [*range(10)] * 2])
-def test_every_cell_works_on_few_images_and_a_plane_of_styles(labels, small_arrays, tmp_path):
-    few = {}
-    for name, array in small_arrays.items():
-        few[name] = array[: len(labels)] if name.startswith("x") else np.array(labels)
-    np.savez(tmp_path / "few.npz", **few)
-    settings = {**SMALL, "batch_size": len(labels), "z_dim": 2}
-    with Kernel() as kernel:
-        kernel.run(data_path=str(tmp_path / "few.npz"), **settings)
-        assert pictures(kernel.cell("plane"))
-
-
-def test_offline_default_learns(tmp_path):
-    env = {"KERAS_HOME": str(tmp_path / "no" / "where"), "https_proxy": "http://127.0.0.1:9"}
-    with Kernel(XLA_FLAGS="", **env) as kernel:
-        skip = ["train-article", "article-losses", "article-results"]
-        kernel.run(last="train-better", skip=skip, epochs=5)
-        assert "cannot be downloaded" in printed(kernel.cell("data"))
-        assert kernel.fetch("data.name") == "5,000 MNIST images"
-        assert kernel.fetch("history['test_accuracy'][-1]") > 0.97
-        judged = kernel.fetch("judge_digits(samples[2:].reshape(-1, pixels))")
-    assert np.mean(judged == np.tile(np.arange(10), 3)) > 0.9
-
-
-def test_two_epochs_on_real_mnist(mnist):
-    with Kernel(XLA_FLAGS="") as kernel:
-        kernel.run(last="train-better", skip=["article-results"], data_path=mnist, epochs=2)
-        article_history, history = kernel.fetch("article_history, history")
-    assert article_history["test_vae_loss"][-1] < 245
-    assert history["test_vae_loss"][-1] < 230
-    assert history["test_accuracy"][-1] > 0.965
 
 
 def test_the_committed_notebook_is_one_clean_run_on_mnist():
@@ -228,7 +204,11 @@ def test_the_committed_notebook_is_one_clean_run_on_mnist():
 
 
 def test_the_animation_of_the_readme_is_that_of_the_notebook():
-    (gif,) = pictures(CODE["wander"])
-    assert (ROOT / ".github" / "styles.gif").read_bytes() == gif
-    assert len(gif) <= 400_000
+    (png,) = pictures(CODE["wander"])
+    path = ROOT / ".github" / "styles.gif"
+    assert path.stat().st_size <= 400_000
+    frames = [np.array(frame.convert("L")) for frame in ImageSequence.Iterator(Image.open(path))]
+    shown = Image.open(io.BytesIO(png))
+    shown_frames = [np.array(frame.convert("L")) for frame in ImageSequence.Iterator(shown)]
+    np.testing.assert_array_equal(frames, shown_frames)
     assert ".github/styles.gif" in (ROOT / "README.md").read_text()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,6 +46,31 @@ def test_a_loaded_run_gives_the_same_images(saved):
     np.testing.assert_array_equal(run.digit_classifier(images), vae.digit_classifier(images))
     np.testing.assert_array_equal(run.samples, SAMPLES)
     assert (run.settings, run.history, run.results) == (dict(SETTINGS), HISTORY, RESULTS)
+
+
+def test_results_may_be_numpy_values_and_the_file_may_hold_more(tmp_path):
+    results = {"mean": np.float32(0.5), "counts": np.arange(3)}
+    path = vae_helpers.save_run(tmp_path, tiny_vae(), HISTORY, SAMPLES, results)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("__MACOSX/._encoder.keras", "")
+        archive.writestr("notes.txt", "a good run")
+    assert vae_helpers.load_run(tmp_path).results == {"mean": 0.5, "counts": [0, 1, 2]}
+
+
+def test_a_file_of_another_program_and_an_unknown_layer_are_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "run.zip", "w") as archive:
+        archive.writestr("results.json", "{}")
+    with pytest.raises(ValueError, match="run.zip: cannot be loaded: .*encoder.keras"):
+        vae_helpers.load_run(tmp_path)
+
+    class MyLayer(keras.layers.Layer):
+        """A layer that is not registered."""
+
+    vae = tiny_vae()
+    vae.encoder = keras.Sequential([keras.Input([784]), MyLayer()], name="encoder")
+    vae_helpers.save_run(tmp_path, vae, HISTORY, SAMPLES, RESULTS)
+    with pytest.raises(ValueError, match="(?s)run.zip: cannot be loaded: .*class 'MyLayer'"):
+        vae_helpers.load_run(tmp_path)
 
 
 @pytest.mark.parametrize("size", [1_000, 100_000, 3_000_000])

@@ -1,6 +1,7 @@
 """Hyperparameters are checked: a wrong one is named with its value and what is allowed."""
 
 import ast
+import symtable
 import typing
 from math import inf, nan
 
@@ -84,6 +85,19 @@ def test_a_hyperparameter_of_ones_own_is_taken(value):
     settings = vae_helpers.check_settings(**DEFAULTS, beta=value)
     assert settings.beta == value
     assert settings.model_dump() == {**DEFAULTS, "beta": value}
+
+
+def test_a_hyperparameter_of_ones_own_cannot_have_a_name_that_the_notebook_uses():
+    names = set()
+    for cell_id, cell in CODE.items():
+        if cell_id != "parameters":
+            symbols = symtable.symtable(cell.source, cell_id, "exec").get_symbols()
+            names |= {symbol.get_name() for symbol in symbols if symbol.is_assigned()}
+            names |= {symbol.get_name() for symbol in symbols if symbol.is_imported()}
+    assert {"time", "data", "results"} < names
+    for name in [*names - {"_"}, "copy", "json"]:
+        (line,) = faults(**{name: 4})
+        assert line == f"['{name}']: the notebook uses these names itself; choose others"
 
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, np.float32(1), nan])

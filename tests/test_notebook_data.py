@@ -1,0 +1,49 @@
+"""The notebook with other data, in a real kernel each: few images, offline digits, real MNIST."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import SMALL, Kernel, pictures, printed
+from nbclient.exceptions import CellExecutionError
+
+
+def test_every_cell_works_on_few_images_and_a_plane_of_styles(small_arrays, tmp_path):
+    labels = [0, 1, 1, 2]
+    few = {}
+    for name, array in small_arrays.items():
+        few[name] = array[: len(labels)] if name.startswith("x") else np.array(labels)
+    np.savez(tmp_path / "few.npz", **few)
+    settings = {**SMALL, "batch_size": len(labels), "z_dim": 2}
+    own_defaults = {"floatx": "float64", "image_data_format": "channels_first"}
+    (tmp_path / "keras.json").write_text(json.dumps(own_defaults))
+    with Kernel(KERAS_HOME=str(tmp_path)) as kernel:
+        kernel.run(data_path=str(tmp_path / "few.npz"), **settings)
+        assert pictures(kernel.cell("plane"))
+
+
+def test_a_helper_that_is_not_found_is_named_with_the_remedy(tmp_path):
+    refused = pytest.raises(CellExecutionError, match="vae_helpers.py is not found: start the")
+    with Kernel(tmp_path) as kernel, refused:
+        kernel.run(last="setup")
+
+
+def test_offline_default_learns(tmp_path):
+    env = {"KERAS_HOME": str(tmp_path / "no" / "where"), "https_proxy": "http://127.0.0.1:9"}
+    with Kernel(XLA_FLAGS="", **env) as kernel:
+        skip = ["train-article", "article-losses", "article-results"]
+        kernel.run(last="train-better", skip=skip, epochs=5)
+        assert "cannot be downloaded" in printed(kernel.cell("data"))
+        assert kernel.fetch("data.name") == "5,000 MNIST images"
+        assert kernel.fetch("history['test_accuracy'][-1]") > 0.97
+        judged = kernel.fetch("judge_digits(samples[2:].reshape(-1, pixels))")
+    assert np.mean(judged == np.tile(np.arange(10), 3)) > 0.9
+
+
+def test_two_epochs_on_real_mnist(mnist):
+    with Kernel(XLA_FLAGS="") as kernel:
+        kernel.run(last="train-better", skip=["article-results"], data_path=mnist, epochs=2)
+        article_history, history = kernel.fetch("article_history, history")
+    assert article_history["test_vae_loss"][-1] < 245
+    assert history["test_vae_loss"][-1] < 230
+    assert history["test_accuracy"][-1] > 0.965
