@@ -1,10 +1,14 @@
-"""The notebook with other data, in a real kernel each: few images, offline digits, real MNIST."""
+"""The notebook with other data and in other environments."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import SMALL, Kernel, pictures, printed
+from conftest import ROOT, SMALL, Kernel, pictures, printed
 from nbclient.exceptions import CellExecutionError
 
 
@@ -26,6 +30,24 @@ def test_a_helper_that_is_not_found_is_named_with_the_remedy(tmp_path):
     refused = pytest.raises(CellExecutionError, match="vae_helpers.py is not found: start the")
     with Kernel(tmp_path) as kernel, refused:
         kernel.run(last="setup")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [("", r"$"), ("--nonsense=1", "(?s).*Unknown flag in XLA_FLAGS: --nonsense=1")],
+)
+def test_the_import_is_quiet_but_a_fatal_error_can_be_seen(flags, message):
+    code = """
+import vae_helpers
+with vae_helpers.quiet_import():
+    import tensorflow as tf
+tf.function(tf.square, jit_compile=True)(tf.constant(2.0))
+"""
+    command = [sys.executable, "-c", code]
+    env = {**os.environ, "XLA_FLAGS": flags}
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert re.match(message, process.stderr)
+    assert (process.returncode == 0) == (flags == "")
 
 
 def test_offline_default_learns(tmp_path):
