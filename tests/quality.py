@@ -28,9 +28,14 @@ RUNS = {
     ),
     "encoder_sees_digit = False": ({"encoder_sees_digit": False}, [0]),
     "decoder_skips = False": ({"decoder_skips": False}, [0]),
-    "stop_gradient = False": ({"stop_gradient": False}, [0]),
     "asked_digit_weight = 0": ({"asked_digit_weight": 0.0}, [0]),
+    "asked_digit_weight = 40": ({"asked_digit_weight": 40.0}, [0]),
     "distortion = 0": ({"distortion": 0.0}, [0]),
+    "stop_gradient = False": ({"stop_gradient": False}, [0]),
+    "stop_gradient = False, asked_digit_weight = 40": (
+        {"stop_gradient": False, "asked_digit_weight": 40.0},
+        [0],
+    ),
 }
 
 
