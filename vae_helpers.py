@@ -265,7 +265,10 @@ def _read_idx_folder(folder):
     for key, pattern in IDX_FILES.items():
         files = sorted(file for file in folder.glob(pattern) if file.is_file())
         if not files:
-            raise ValueError(f"it holds no file like {pattern}; four IDX files are needed")
+            found = sorted(file.name for file in folder.iterdir())
+            raise ValueError(
+                f"four IDX files are needed; no file is named like {pattern} among {found[:9]}"
+            )
         # The header: two zero bytes, 8 for uint8, the number of axes, then their lengths.
         axes = 3 if key.startswith("x") else 1
         start = 4 + 4 * axes

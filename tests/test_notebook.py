@@ -180,7 +180,7 @@ def hidden_stack(x, widths, activation):
 def test_reruns_do_not_fill_the_memory(kernel):
     process = psutil.Process(kernel.client.km.provisioner.pid)
     used = []
-    for _ in range(4):
+    for _ in range(3):
         kernel.run("parameters", data_path=kernel.fetch("data_path"), **SMALL)
         kernel.execute("vae_helpers.release_memory()")  # as the next training does
         used.append(process.memory_info().rss / 2**20)  # MiB
