@@ -627,17 +627,20 @@ def read_picture(path):
     ValueError names a file that is not a picture that Pillow can read.
     """
     try:
-        picture = ImageOps.exif_transpose(Image.open(os.path.expanduser(path)))
-        if picture.mode[0] in "IF":  # integers or floats, which Pillow would clip at 255
-            values = np.float32(picture)
-            values -= values.min()
-            picture = Image.fromarray(np.uint8(255 * values / max(values.max(), 1e-6)))
-        return picture
+        return _to_bytes(ImageOps.exif_transpose(Image.open(os.path.expanduser(path))))
     except UnidentifiedImageError:
         reason = "it is not a picture that Pillow can read; save HEIC files as JPEG first"
     except (OSError, Image.DecompressionBombError) as error:  # missing, a folder, cut off, huge
         reason = getattr(error, "strerror", None) or error
     raise ValueError(f"{path}: {reason}")
+
+
+def _to_bytes(picture):
+    """Scale a PIL image of floats or wide integers to bytes; Pillow would clip it at 255."""
+    if picture.mode[0] not in "IF":
+        return picture
+    values = np.float32(picture)
+    return Image.fromarray(np.uint8(np.interp(values, [values.min(), values.max()], [0, 255])))
 
 
 def frame_digit(picture):
@@ -668,7 +671,7 @@ def _find_ink(picture):
     """
     if max(picture.size) > 20 * min(picture.size):
         raise ValueError(f"a picture of {picture.width}×{picture.height} pixels holds no digit")
-    picture = ImageOps.contain(picture.convert("LA"), (200, 200))
+    picture = ImageOps.contain(_to_bytes(picture).convert("LA"), (200, 200))
     gray, alpha = np.moveaxis(np.float32(picture) / 255, 2, 0)  # [height, width] each
     # Transparent pixels are background: white behind dark ink, black behind light ink.
     mean_ink = np.average(gray, weights=alpha + 1e-6)

@@ -104,6 +104,15 @@ def test_a_picture_without_ink_is_refused(picture):
         vae_helpers.frame_digit(picture)
 
 
+@pytest.mark.parametrize("factor", [1, 200, 60_000])
+def test_floats_and_integers_of_any_range_become_bytes(factor, digit_images, tmp_path):
+    gray = np.float32(factor * (1 - write_ink(digit_images[0])))
+    path = tmp_path / "scan.tif"
+    Image.fromarray(gray).save(path)
+    picture = vae_helpers.read_picture(path)
+    assert (picture.mode, picture.getextrema()) == ("L", (0, 255))
+
+
 def test_a_narrow_strip_is_refused():
     with pytest.raises(ValueError, match="^a picture of 1×300 pixels holds no digit$"):
         vae_helpers.frame_digit(Image.new("L", (1, 300), 255))

@@ -2,6 +2,7 @@
 
 import io
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from conftest import vae_helpers
@@ -135,6 +136,13 @@ def crop_to_ink(gray):
     """Cut a light-on-dark picture to the box of its ink; return it with 56×140 pixels."""
     (box,) = ndimage.find_objects(np.int8(gray > 0.3))
     return np.asarray(Image.fromarray(np.float32(gray[box])).resize((140, 56)))
+
+
+def test_no_style_draws_lines_over_the_digits(digits):
+    with plt.style.context("ggplot"):
+        (ax,) = vae_helpers.plot_digit_grid(digits).axes
+    lines = [*ax.get_xgridlines(), *ax.get_ygridlines()]
+    assert not any(line.get_visible() for line in lines)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "GIF"])
