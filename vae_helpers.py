@@ -116,17 +116,18 @@ NOTEBOOK_NAMES = """
     build_better_encoder build_decoder build_digit_classifier build_encoder build_optimizer
     certainty classification_loss classified_digits closed_path compare compare_dir
     compile_epoch copied_z current_settings data decoder digit digit_classifier digit_count
-    digits_in_styles dimension dimensions_by_use display drawn_probs drawn_z encoder error
-    evaluate example_digits example_images figure first_column framed gaussian_loss generate
-    generate_all_digits grids handwriting_path hidden_stack history infer judge judge_accuracy
-    judge_digits judged_digits keras kl kl_by_dimension kl_loss labels least_certain load_dir
-    loaded log_likelihood_bound log_p log_p_given_digit log_p_given_true_digit losses mean_kl
-    measure move_sliders np originals output_dir panel picture pixels plane probe probe_digits
-    probe_images probe_z_mean random_z read_drawing reconstructions redraw requested_digit_loss
-    requested_digits results results_by_model row_labels rows runs same_digit sample_normal
-    samples scheduler shown_digits shown_z_mean slider style_rng table test_digit_probs
-    test_digits test_images test_z_log_var test_z_mean tf time title train train_judge
-    used_dimensions vae vae_helpers values wandering_digits written x y z
+    digits_in_styles dimension dimensions_by_use display drawn_probs drawn_style drawn_z encoder
+    error evaluate example_digits example_images figure first_column framed gaussian_loss
+    generate generate_all_digits grids handwriting_path hidden_stack history infer judge
+    judge_accuracy judge_digits judged_digits keras kl kl_by_dimension kl_loss labels
+    least_certain load_dir loaded log_likelihood_bound log_p log_p_given_digit
+    log_p_given_true_digit losses mean_kl measure move_sliders np originals output_dir panel
+    picture pixels plane probe probe_digits probe_images probe_z_mean random_z read_drawing
+    reconstructions redraw requested_digit_loss requested_digits results results_by_model
+    row_labels rows runs same_digit sample_normal samples scheduler shown_digits shown_z_mean
+    shuffle_minibatches slider style_rng table test_digit_probs test_digits test_images
+    test_z_log_var test_z_mean tf time title train train_judge used_dimensions vae vae_helpers
+    values wandering_digits written x y z
 """
 
 
@@ -134,8 +135,8 @@ def check_settings(**values):
     """Return hyperparameters as `Settings`.
 
     Integers are converted to floats where a float is expected. ValueError has one line for each
-    hyperparameter that is missing or wrong, with its value and what is allowed; or it
-    lists names that the notebook or pydantic already uses.
+    hyperparameter that is missing or wrong, with its value and the allowed values; or it lists
+    names that the notebook or pydantic already uses.
     """
     own_names = values.keys() - Settings.model_fields
     reserved_names = {*NOTEBOOK_NAMES.split(), *dir(pydantic.BaseModel)}
@@ -150,7 +151,7 @@ def check_settings(**values):
 
 
 def _describe_fault(fault, values):
-    """Describe one fault that pydantic found: name, value, what is allowed and why."""
+    """Describe one fault that pydantic found: name, value, allowed values and their reason."""
     name = fault["loc"][0]
     if name not in values:
         return f"{name}: {fault['msg']}"
@@ -415,7 +416,7 @@ def release_memory():
     from tensorflow.python.framework import ops
 
     # TensorFlow registers a gradient function for each custom gradient in a compiled function,
-    # such as that of silu, and never forgets it. It keeps the whole function in memory.
+    # such as the gradient of silu, and never forgets it. It keeps the whole function in memory.
     registered = getattr(ops.gradient_registry, "_registry", {})
     for name in [name for name in registered if name.startswith("CustomGradient")]:
         del registered[name]
@@ -773,7 +774,7 @@ def make_play_panel(dimensions):
     import ipywidgets as widgets
     from wigglystuff import Paint
 
-    # The pen is 8 pixels wide. On a larger pad, its lines would be thinner than those of MNIST.
+    # The pen is 8 pixels wide. On a larger pad, its lines would be thinner than in MNIST.
     pad = Paint(height=200, width=256, brush=False, eraser=False, color_picker=False)
     framed_image = widgets.Image(width=112, height=112)
     bars = []
@@ -1098,7 +1099,7 @@ def save_compared_run(folder, requested, vae, history, samples, results):
 def _run_on_dask(runs, task, data, folder, scheduler):
     """Run a task for each of `runs` on Dask workers; save each result as it arrives.
 
-    `runs` are tuples: the folder for a run, what it varies, and all its settings.
+    `runs` are tuples: the folder for a run, its varied settings, and all its settings.
     """
     import dask
     from distributed import Client

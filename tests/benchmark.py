@@ -21,7 +21,7 @@ import pandas as pd
 from conftest import CODE, run_cells, vae_helpers
 
 MODEL_CELLS = ["setup", "parameters", "settings", "data", "networks", "losses", "sample-normal"]
-MODEL_CELLS += ["article-model", "epoch", "better-encoder", "better-decoder"]
+MODEL_CELLS += ["article-model", "optimizer", "epoch", "better-encoder", "better-decoder"]
 MODEL_CELLS += ["requested-digit-loss", "better-model"]
 
 

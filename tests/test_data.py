@@ -10,7 +10,8 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import vae_helpers
+from conftest import ROOT, vae_helpers
+from PIL import Image
 from scipy import ndimage
 
 IDX_NAMES = {
@@ -19,6 +20,7 @@ IDX_NAMES = {
     "x_test": "t10k-images-idx3-ubyte",
     "y_test": "t10k-labels-idx1-ubyte",
 }
+README = (ROOT / "README.md").read_text()
 GZIPPED = ["gzipped IDX", "gzipped IDX without the name"]
 
 
@@ -161,6 +163,22 @@ def test_bad_files_are_refused_by_name(kind, damage, word, few_arrays, tmp_path)
 def test_a_data_path_that_is_no_path_is_refused(path):
     with pytest.raises(ValueError, match=r"^data_path = .*: must be None or the path"):
         vae_helpers.load_mnist(path)
+
+
+def test_the_script_of_the_readme_makes_shuffled_data(small_arrays, tmp_path, monkeypatch):
+    for digit in range(10):
+        folder = tmp_path / "my_digits" / str(digit)
+        folder.mkdir(parents=True)
+        images = small_arrays["x_test"][small_arrays["y_test"] == digit][:10]
+        for number, image in enumerate(images):
+            Image.fromarray(image).save(folder / f"{number}.png")
+    (script,) = re.findall(r"```python\n(from pathlib.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(script, {})
+    digits = vae_helpers.load_mnist("my_digits.npz")
+    assert np.bincount(np.concatenate([digits.y_train, digits.y_test])).tolist() == [10] * 10
+    assert len(np.unique(digits.y_train[:20])) > 5
+    assert digits.x_train.max() == 255
 
 
 def test_inverted_images_are_loaded_and_mentioned_once(few_arrays, tmp_path, capsys):

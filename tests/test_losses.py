@@ -20,6 +20,7 @@ MODEL_CELLS = [
     "losses",
     "sample-normal",
     "article-model",
+    "optimizer",
     "epoch",
     "better-encoder",
     "better-decoder",

@@ -102,6 +102,18 @@ def test_training_uses_and_records_the_values_of_now_and_results_those_of_traini
     assert kernel.fetch(TRAINED) == first
 
 
+@pytest.mark.parametrize(
+    "source", ["beta: float = 4.0", "beta, gamma = 4.0, 1", "%%time\nbeta = 4.0"]
+)
+def test_a_hyperparameter_of_ones_own_is_recorded_once_it_is_declared(kernel, source):
+    kernel.execute(source)
+    assert "beta" not in kernel.fetch("current_settings().model_dump()")
+    declaration = CODE["settings"].source.replace("seed=seed,", "seed=seed, beta=beta,")
+    kernel.execute(declaration)
+    assert kernel.fetch("current_settings().beta") == 4.0
+    kernel.run("settings", "settings")
+
+
 def test_bad_settings_stop_before_anything_is_built(kernel):
     kernel.execute("epochs = 0\nz_dim = 'ten'")
     with pytest.raises(CellExecutionError, match="(?s)epochs = 0: .*z_dim = 'ten'"):
