@@ -975,7 +975,7 @@ def compare_settings(compare, settings, data, folder, scheduler=None, notebook=N
     rows = []
     for run_folder, varied, _ in runs:
         if run_folder.exists():
-            with np.load(run_folder / "run.zip") as run:
+            with np.load(run_folder / "run.zip") as run:  # gives the JSON files as bytes
                 results = json.loads(run["results.json"])
                 seconds = sum(json.loads(run["history.json"]).get("seconds", []))
                 digits = run["samples"][-1]
@@ -1200,7 +1200,8 @@ def _make_task(notebook, files):
         import papermill
         from distributed import get_worker
 
-        os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")  # their number affects rounding
+        # The number of threads affects rounding.
+        os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
         with tempfile.TemporaryDirectory(dir=get_worker().local_directory) as scratch:
             saved = Path(scratch, "saved")
             folder = Path(scratch, "run")
