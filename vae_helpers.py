@@ -1213,6 +1213,10 @@ def _make_task(notebook, files):
             data_path.write_bytes(data_content)
             Path(folder, "vae_helpers.py").write_text(helper_source, "utf-8")
             notebook = nbformat.reads(notebook_json, as_version=4)
+            # After an interrupt, Dask deletes the folder, perhaps while the kernel is starting. So
+            # the kernel starts in a folder that lasts; otherwise, it would print an error.
+            source = f"import os\nos.chdir({str(folder)!r})"
+            notebook.cells.insert(0, nbformat.v4.new_code_cell(source))
             arguments = f"{str(saved)!r}, {settings!r}, vae, history, samples, results"
             source = f"vae_helpers.save_compared_run({arguments})"
             notebook.cells.append(nbformat.v4.new_code_cell(source))
@@ -1225,7 +1229,7 @@ def _make_task(notebook, files):
                     progress_bar=False,
                     extra_arguments=["--IPKernelApp.log_level=ERROR"],
                     # Papermill's `cwd` would change the folder of all threads of the worker.
-                    resources={"metadata": {"path": str(folder)}},
+                    resources={"metadata": {"path": tempfile.gettempdir()}},
                 )
             except papermill.PapermillExecutionError as error:
                 return f"{error.ename}: {error.evalue}"
