@@ -33,7 +33,7 @@ SMALL = {"epochs": 2, "batch_size": 50, "hidden_layers": [64], "z_dim": 4, "lear
 
 def pytest_configure():
     """Let XLA compile quickly, since the small programs of the tests run only for a moment."""
-    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    quick = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
     os.environ.update(XLA_FLAGS=quick, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
 

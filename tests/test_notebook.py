@@ -216,6 +216,19 @@ def test_the_committed_notebook_is_one_clean_run_on_mnist():
     assert (ROOT / "vae2.ipynb").stat().st_size < 1.5e6
 
 
+def test_the_committed_results_are_good():
+    table = CODE["both-results"].outputs[0].data["text/plain"]
+    article_row, better_row = table.splitlines()[-2:]
+    vae_loss, accuracy, _, _ = map(float, article_row.split()[-4:])
+    assert vae_loss <= 222.5
+    assert accuracy >= 0.968
+    vae_loss, accuracy, conditional_accuracy, _ = map(float, better_row.split()[-4:])
+    assert vae_loss <= 210.6
+    assert accuracy >= 0.99
+    assert conditional_accuracy >= 0.995
+    assert better_row.startswith("the better model")
+
+
 def test_the_animation_of_the_readme_is_that_of_the_notebook():
     (png,) = pictures(CODE["wander"])
     path = ROOT / ".github" / "styles.gif"
