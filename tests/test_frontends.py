@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machin
 
 FIGURES = [cell_id for cell_id, cell in CODE.items() if pictures(cell)]
 EPOCHS = 5
-PARAMETERS = {"epochs": EPOCHS, "batch_size": 60, "hidden_layers": [256, 128]}
+PARAMETERS = {"epochs": EPOCHS, "batch_size": 60, "hidden_layers": [128]}
 ERRORS = "[data-mime-type='application/vnd.jupyter.error']"
 WARNINGS = "[data-mime-type='application/vnd.jupyter.stderr']"
 NOTICES = ".Toastify__toast--error"

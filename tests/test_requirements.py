@@ -8,6 +8,7 @@ from importlib.metadata import packages_distributions
 from conftest import CODE, ROOT
 
 OPTIONAL = {"jax"}  # a contender of benchmark.py, if it is installed
+DISTRIBUTIONS = packages_distributions()
 
 
 def declared(path):
@@ -26,8 +27,7 @@ def imported(source):
             modules.add(node.module.partition(".")[0])
     local = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]}
     modules -= {*sys.stdlib_module_names, *local, *OPTIONAL}
-    distributions = packages_distributions()
-    return {re.sub("[-_.]+", "-", distributions[module][0]).lower() for module in modules}
+    return {re.sub("[-_.]+", "-", DISTRIBUTIONS[module][0]).lower() for module in modules}
 
 
 def test_notebook_and_helper_import_declared_packages_only():
