@@ -32,9 +32,16 @@ SMALL = {"epochs": 2, "batch_size": 50, "hidden_layers": [64], "z_dim": 4, "lear
 
 
 def pytest_configure():
-    """Let XLA compile quickly, since the small programs of the tests run only for a moment."""
+    """Let XLA compile quickly, and let each of the two processes use one core."""
     quick = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
-    os.environ.update(XLA_FLAGS=quick, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    one_thread = ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"]
+    os.environ.update(dict.fromkeys(one_thread, "1"), XLA_FLAGS=quick)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that both processes end at about the same time."""
+    slowest = ["test_notebook", "test_frontends", "test_compare", "test_environments"]
+    items.sort(key=lambda item: (*slowest, item.path.stem).index(item.path.stem))
 
 
 def assignments(parameters):
