@@ -926,11 +926,11 @@ def compare_settings(compare, settings, data, folder, scheduler=None, notebook=N
     `compare` is a dict from names of hyperparameters to lists of values, or a list of such dicts;
     all other hyperparameters are taken from `settings`. The runs are tasks of a Dask cluster.
     `scheduler` is the address of its scheduler; `None` starts a cluster on this machine. Each run
-    executes the notebook, as saved, with papermill up to the cell that calls this function. It
-    starts in a folder of its own, with copies of the files beside the notebook that the code
-    mentions. The executed notebook and its run.zip are saved in a folder inside `folder`. Runs that
-    are there already, with the same settings, data and code, are not repeated. `notebook` is a
-    path; `None` is the notebook that is open.
+    executes the notebook, as saved, with papermill up to the cell that calls this function. It runs
+    in a folder with copies of the files that the code mentions and that lie beside the notebook.
+    The executed notebook and its run.zip are saved in a folder inside `folder`. Runs that are there
+    already, with the same settings, data and code, are not repeated. `notebook` is a path; `None`
+    is the notebook that is open.
 
     The table has the columns `settings` (a dict of the varied settings), `seconds` of training, all
     entries of the notebook's `results` (such as `vae_loss` in nats and `accuracy` in [0, 1]),
@@ -1213,8 +1213,8 @@ def _make_task(notebook, files):
             data_path.write_bytes(data_content)
             Path(folder, "vae_helpers.py").write_text(helper_source, "utf-8")
             notebook = nbformat.reads(notebook_json, as_version=4)
-            # After an interrupt, Dask deletes the folder, perhaps while the kernel is starting. So
-            # the kernel starts in a folder that lasts; otherwise, it would print an error.
+            # The kernel starts in another folder and then changes to this one. After an interrupt,
+            # Dask deletes this folder, and a kernel that starts in it then would print an error.
             source = f"import os\nos.chdir({str(folder)!r})"
             notebook.cells.insert(0, nbformat.v4.new_code_cell(source))
             arguments = f"{str(saved)!r}, {settings!r}, vae, history, samples, results"

@@ -32,16 +32,16 @@ SMALL = {"epochs": 2, "batch_size": 50, "hidden_layers": [64], "z_dim": 4, "lear
 
 
 def pytest_configure():
-    """Let XLA compile quickly, and let each of the two processes use one core."""
+    """Let XLA compile quickly, since the small programs of the tests run only for a moment."""
     quick = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
-    one_thread = ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"]
-    os.environ.update(dict.fromkeys(one_thread, "1"), XLA_FLAGS=quick)
+    os.environ.update(XLA_FLAGS=quick, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
 
 def pytest_collection_modifyitems(items):
     """Begin with the files that take longest, so that both processes end at about the same time."""
     slowest = ["test_notebook", "test_frontends", "test_compare", "test_environments"]
-    items.sort(key=lambda item: (*slowest, item.path.stem).index(item.path.stem))
+    ranks = {name: rank for rank, name in enumerate(slowest)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
 def assignments(parameters):

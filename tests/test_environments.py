@@ -43,7 +43,7 @@ assert keras.config.image_data_format() == "channels_last"
 
 def test_both_models_learn_the_offline_default(tmp_path):
     env = {"KERAS_HOME": str(tmp_path / "no" / "where"), "https_proxy": "http://127.0.0.1:9"}
-    with Kernel(**env) as kernel:
+    with Kernel(XLA_FLAGS="", **env) as kernel:  # compile as it does for a reader
         skip = ["article-losses", "judge", "article-results"]
         kernel.run(last="better-model", skip=skip, epochs=5)
         assert "cannot be downloaded" in printed(kernel.cell("data"))
