@@ -39,7 +39,7 @@ def pytest_configure():
 
 def pytest_collection_modifyitems(items):
     """Begin with the files that take longest, so that both processes end at about the same time."""
-    slowest = ["test_notebook", "test_frontends", "test_compare", "test_environments"]
+    slowest = ["test_notebook", "test_frontends", "test_compare"]
     ranks = {name: rank for rank, name in enumerate(slowest)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 

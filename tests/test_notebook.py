@@ -174,7 +174,7 @@ def test_an_interrupt_ends_training_after_the_epoch_and_the_cells_below_work(ker
 
 def test_a_loss_that_is_not_finite_ends_training_with_one_sentence(kernel):
     kernel.execute("learning_rate = 1e9")
-    kernel.run("train-better")
+    kernel.run("train-better", "play")
     text = printed(kernel.cell("train-better"))
     assert text.count("is not finite: lower the learning rate") == 1
     assert np.isfinite(kernel.fetch("generate(np.zeros([1, z_dim]), np.eye(10)[:1])")).all()
@@ -209,6 +209,22 @@ def test_reruns_with_other_data_work_and_do_not_fill_the_memory(kernel, few_npz,
     assert pictures(kernel.cell("plane"))
     kernel.run("parameters", data_path=str(small_npz), **SMALL)
     assert (memory() - before) / 2 < 100
+
+
+def test_both_models_learn_the_offline_default(tmp_path):
+    env = {"KERAS_HOME": str(tmp_path / "no" / "where"), "https_proxy": "http://127.0.0.1:9"}
+    with Kernel(XLA_FLAGS="", **env) as kernel:  # compile as it does for a reader
+        skip = ["article-losses", "judge", "article-results"]
+        kernel.run(last="better-model", skip=skip, epochs=5)
+        assert "cannot be downloaded" in printed(kernel.cell("data"))
+        assert kernel.fetch("data.name") == "5,000 MNIST images"
+        kernel.execute("vae, history, samples = train(BetterDigitVAE)")
+        article_history, history = kernel.fetch("article_history, history")
+        _, _, digit_probs = kernel.fetch("vae.infer(samples[2:].reshape(-1, pixels))")
+    assert article_history["test_vae_loss"][-1] < 245
+    assert history["test_vae_loss"][-1] < 230
+    assert history["test_accuracy"][-1] > 0.97
+    assert np.mean(digit_probs.argmax(axis=1) == np.tile(np.arange(10), 3)) > 0.9
 
 
 def test_the_committed_notebook_is_one_clean_run_on_mnist():
