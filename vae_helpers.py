@@ -1,9 +1,8 @@
 """Data, plotting and other support for the notebook vae2.ipynb.
 
 The model, its losses and its training are in the notebook, except for two parts of the better
-model: `dense_by_digit` and `distort`. Importing this module has no side
-effects. Images are rows of 784 = 28·28 gray values: 0 is the background and 1 is ink (0 and 255 in
-`Digits`).
+model: `dense_by_digit` and `distort`. Importing this module has no side effects. Images are rows of
+784 = 28·28 gray values: 0 is the background and 1 is ink (0 and 255 in `Digits`).
 """
 
 import contextlib
@@ -114,20 +113,19 @@ NOTEBOOK_NAMES = """
     WEIGHT_DECAY animation article_history article_results article_samples article_vae axis
     bound_digits bound_images build_better_decoder build_better_digit_classifier
     build_better_encoder build_decoder build_digit_classifier build_encoder build_optimizer
-    certainty classification_loss classified_digits closed_path compare compare_dir
-    compile_epoch copied_z current_settings data decoder digit digit_classifier digit_count
-    digits_in_styles dimension dimensions_by_use display drawn_probs drawn_style drawn_z encoder
-    error evaluate example_digits example_images figure first_column framed gaussian_loss
-    generate generate_all_digits grids handwriting_path hidden_stack history infer judge
-    judge_accuracy judge_digits judged_digits keras kl kl_by_dimension kl_loss labels
-    least_certain load_dir loaded log_likelihood_bound log_p log_p_given_digit
-    log_p_given_true_digit losses mean_kl measure move_sliders np originals output_dir panel
-    picture pixels plane probe probe_digits probe_images probe_z_mean random_z read_drawing
-    reconstructions redraw requested_digit_loss requested_digits results results_by_model
-    row_labels rows runs same_digit sample_normal samples scheduler shown_digits shown_z_mean
-    shuffle_minibatches slider style_rng table test_digit_probs test_digits test_images
-    test_z_log_var test_z_mean tf time title train train_judge used_dimensions vae vae_helpers
-    values wandering_digits written x y z
+    certainty classification_loss classified_digits closed_path compare compare_dir compile_epoch
+    copied_z current_settings data decoder digit digit_classifier digit_count digits_in_styles
+    dimension dimensions_by_use display drawn_probs drawn_style drawn_z encoder error evaluate
+    example_digits example_images figure first_column framed gaussian_loss generate
+    generate_all_digits grids handwriting_path hidden_stack history infer judge judge_accuracy
+    judge_digits judged_digits keras kl kl_by_dimension kl_loss labels least_certain load_dir loaded
+    log_likelihood_bound log_p log_p_given_digit log_p_given_true_digit losses mean_kl measure
+    move_sliders np originals output_dir panel picture pixels plane probe probe_digits probe_images
+    probe_z_mean random_z read_drawing reconstructions redraw requested_digit_loss requested_digits
+    results results_by_model row_labels rows runs same_digit sample_normal samples scheduler
+    shown_digits shown_z_mean shuffle_minibatches slider style_rng summarize_epoch table
+    test_digit_probs test_digits test_images test_z_log_var test_z_mean tf time title train
+    train_judge used_dimensions vae vae_helpers values wandering_digits written x y z
 """
 
 
@@ -355,13 +353,14 @@ def random_subset(count, images, labels, seed):
 
 
 def dense_by_digit(x, digit_probs, units, name=None):
-    """Apply one dense layer per digit, and average the ten outputs by the digit probabilities.
+    """Apply one dense layer per digit; average their outputs, weighted by the digit probabilities.
 
     Maps Keras tensors x [batch, N] and digit_probs [batch, 10] to [batch, units]. `name` is the
-    name of the dense layer.
+    name of the Keras layer that holds all ten.
     """
     from keras import layers, ops
 
+    # One layer with ten times the units does the same as ten layers.
     outputs = layers.Dense(DIGIT_COUNT * units, name=name)(x)
     outputs = layers.Reshape([DIGIT_COUNT, units])(outputs)
     digit_probs = ops.expand_dims(digit_probs, axis=2)  # [batch, 10, 1]
@@ -372,28 +371,29 @@ def dense_by_digit(x, digit_probs, units, name=None):
 def distort(images, strength, key):
     """Distort images [N, 784] smoothly, as if drawn on sheets of rubber: a tensor [N, 784].
 
-    Pixels move along rows and then along columns. The displacements are sums of cosine waves, the
-    longest with an amplitude of up to `strength` pixels; they follow from `key`, int32 [2]. There
-    are fifty random displacement fields, each shared by a fiftieth of the images: with linear
-    interpolation, a field is one small matrix per row or column. After Simard, Steinkraus and
-    Platt, "Best practices for convolutional neural networks applied to visual document analysis",
-    2003.
+    Pixels move along rows and then along columns. The displacement along each axis is a random
+    shift of the whole image by up to `strength` pixels, plus cosine waves of smaller amplitudes;
+    `key`, int32 [2], determines it. There are thirty such displacement fields, each shared by a
+    thirtieth of the images: with linear interpolation, a field is one small matrix per row or
+    column. After Simard, Steinkraus and Platt, "Best practices for convolutional neural networks
+    applied to visual document analysis", 2003.
     """
     import tensorflow as tf
 
     if strength == 0:
         return images
-    fields = 50
+    fields = 30
     position = np.arange(SIDE, dtype=np.float32)
     frequency = np.arange(4)  # in half periods per image
     waves = np.cos(np.pi * frequency[:, None] * (position + 0.5) / SIDE)  # [frequency, pixel]
     amplitudes = strength / (1 + np.hypot(frequency[:, None], frequency))
     basis = np.einsum("ij,iy,jx->ijyx", amplitudes, waves, waves).astype(np.float32)
-    coefficients = tf.random.stateless_uniform([fields, 2, 4, 4], key, -1, 1)
+    coefficients = tf.random.stateless_uniform([fields, 2, 4, 4], key, minval=-1, maxval=1)
     displacement = tf.tensordot(coefficients, basis, axes=2)  # [field, axis, y, x], in pixels
     source_x = displacement[:, 0] + position
     source_y = displacement[:, 1] + position[:, None]
-    # Linear interpolation: the weight of an old pixel in a new one is zero from one pixel away.
+    # Linear interpolation: the weight of an old pixel is 1 minus its distance from the source
+    # position, and 0 if that distance is more than one pixel.
     # Letters: f is the field, n the image, y and x row and column, v and u old row and old column.
     row_weights = tf.nn.relu(1 - abs(source_x[:, :, None] - position[:, None]))  # fyux
     column_weights = tf.nn.relu(1 - abs(source_y[:, None] - position[:, None, None]))  # fvyx
@@ -538,6 +538,12 @@ def plot_samples(samples, epochs, title=None, ax=None):
     shown = np.unique(np.linspace(0, epochs - 1, 40).astype(int))
     labels = [f"epoch {epoch + 1}" for epoch in shown]
     return plot_digit_grid(grid[shown], row_labels=labels, title=title, ax=ax)
+
+
+def samples_image(samples, epochs, data_name):
+    """Return an IPython Image of the growing grid: `plot_samples`, with a title for `data_name`."""
+    title = f"Digits generated after each epoch of training on {data_name}"
+    return figure_image(plot_samples(samples, epochs, title))
 
 
 def plot_samples_side_by_side(samples_by_title):

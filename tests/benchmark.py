@@ -59,7 +59,7 @@ def keras_fit_epoch(path, settings):
             # `fit` leaves the batch size open, and `distort` needs it.
             images = tf.ensure_shape(batch[0], [settings.batch_size, vae_helpers.PIXELS])
             digits = tf.ensure_shape(batch[1], [settings.batch_size])
-            key = tf.random.fold_in([settings.seed, 0], self.optimizer.iterations)
+            key = tf.stack([settings.seed, tf.cast(self.optimizer.iterations, tf.int32)])
             with tf.GradientTape() as tape:
                 loss, losses = vae.total_loss(tf.cast(images, tf.float32) / 255, digits, key)
             self.optimizer.apply(tape.gradient(loss, vae.trainable_weights), vae.trainable_weights)
