@@ -122,10 +122,10 @@ NOTEBOOK_NAMES = """
     log_likelihood_bound log_p log_p_given_digit log_p_given_true_digit losses mean_kl measure
     move_sliders np originals output_dir panel picture pixels plane probe probe_digits probe_images
     probe_z_mean random_z read_drawing reconstructions redraw requested_digit_loss requested_digits
-    results results_by_model row_labels rows runs same_digit sample_normal samples scheduler
-    shown_digits shown_z_mean shuffle_minibatches slider style_rng summarize_epoch table
-    test_digit_probs test_digits test_images test_z_log_var test_z_mean tf time title train
-    train_judge used_dimensions vae vae_helpers values wandering_digits written x y z
+    results results_by_model row_labels rows run_epoch runs same_digit sample_normal samples
+    scheduler shown_digits shown_z_mean shuffle_minibatches slider style_rng table test_digit_probs
+    test_digits test_images test_z_log_var test_z_mean tf time title train train_judge
+    used_dimensions vae vae_helpers values wandering_digits written x y z
 """
 
 
@@ -943,7 +943,7 @@ def compare_settings(compare, settings, data, folder, scheduler=None, notebook=N
     `digits` (the last row of samples, [10, 784]) and `folder`. It is empty if no run is saved.
     ValueError: a setting or the notebook cannot be used. TypeError: `compare` has a value that is
     not in a list. In both cases nothing was run. OSError: the scheduler is gone, or `folder` cannot
-    be written; runs that were saved before are kept.
+    be written; runs that were saved before remain.
     """
     import pandas as pd
     from sklearn.model_selection import ParameterGrid
